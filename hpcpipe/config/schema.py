@@ -1,0 +1,114 @@
+"""The configuration: one frozen dataclass per section, one line of documentation per key."""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+
+def key(default: Any, doc: str) -> Any:
+    """Declare a configuration key with its default and its line of documentation."""
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run keeps its files, and the seed of everything random."""
+
+    name: str = key("run", "name of the run; its directory is <dir>/<name>")
+    dir: str = key("runs", "directory that holds run directories, on a file system that every rank sees")
+    seed: int = key(1, "seed of initial weights, sample order and sampling")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The shape of the model."""
+
+    kind: str = key("gpt2", "architecture: gpt2")
+    layers: int = key(4, "transformer blocks")
+    width: int = key(128, "size of the residual stream, a multiple of heads")
+    heads: int = key(4, "attention heads")
+    context: int = key(128, "tokens that the model sees at once")
+    vocab: int = key(0, "token ids the model knows; 0: as many as the tokenizer has")
+    tied: bool = key(True, "the head uses the token embedding's weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What the model reads."""
+
+    source: str = key("stdlib", "what to prepare when file is empty: stdlib, or a text file, folder or .jsonl")
+    file: str = key("", "token file made by `hpcpipe data prepare`; empty: prepared from source once")
+    validation_fraction: float = key(0.02, "fraction of the documents held out")
+    validation_samples: int = key(0, "evaluate on at most this many held-out samples; 0: on all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the work is cut over ranks; pipeline x data must equal the number of ranks."""
+
+    pipeline: int = key(0, "pipeline stages; 0: number of ranks / data")
+    data: int = key(1, "replicas of the pipeline")
+    schedule: str = key("1f1b", "order of the actions: gpipe or 1f1b")
+    chunks: int = key(1, "stages per rank; gpipe and 1f1b have 1")
+    microbatches: int = key(8, "microbatches per step over all replicas, a multiple of data")
+    microbatch_size: int = key(4, "samples per microbatch")
+    partition: str | tuple[int, ...] = key("auto", "auto, or a list with the number of layers of each stage")
+    threads: int = key(1, "threads per rank; this version computes with one")
+    lanes: int = key(0, "partial gradient sums per step, see docs/numerics.md; 0: chosen from microbatches")
+    timeout_s: float = key(600.0, "seconds a rank waits for another before it gives up")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimizer and the length of the run."""
+
+    steps: int = key(1000, "optimizer updates until the run is done")
+    precision: str = key("auto", "auto or f32: float32 throughout")
+    learning_rate: float = key(1e-3, "peak learning rate")
+    warmup_steps: int = key(50, "steps of linear warmup")
+    decay_steps: int = key(0, "step at which the cosine reaches min_learning_rate; 0: steps")
+    min_learning_rate: float = key(1e-4, "learning rate at the end of the cosine")
+    weight_decay: float = key(0.1, "decoupled weight decay of weight matrices")
+    betas: tuple[float, float] = key((0.9, 0.95), "AdamW's decay rates of the two moments")
+    clip: float = key(1.0, "global gradient norm above which gradients are scaled down; 0: never")
+    eval_every: int = key(0, "steps between evaluations; 0: only at the end")
+    recompute: str = key("none", "activations recomputed in the backward: none or full")
+    sample_tokens: int = key(200, "tokens of text written at the end; 0: none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is written, and how much of it is kept."""
+
+    every: int = key(100, "steps between checkpoints; 0: only at the end")
+    keep: int = key(3, "newest checkpoints kept; 0: all")
+    on_signal: bool = key(True, "write a checkpoint when the run is asked to stop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TelemetryConfig:
+    """What is shown."""
+
+    console: str = key("auto", "auto, terminal, lines or quiet")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole configuration, as TOML sections."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
+
+
+def documented_keys() -> dict[str, str]:
+    """Map every ``section.key`` to its line of documentation, in file order."""
+    docs = {}
+    for section in fields(Config):
+        assert is_dataclass(section.type)
+        for entry in fields(section.type):
+            docs[f"{section.name}.{entry.name}"] = entry.metadata["doc"]
+    return docs

@@ -1,0 +1,88 @@
+"""Every error that hpcpipe raises for a person to read, each with the exit code of its kind."""
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of the ``hpcpipe`` command; the same number stands in ``status.json``."""
+
+    DONE = 0
+    USAGE = 64
+    DAMAGED = 65
+    NUMERICS = 70
+    RANK_FAILED = 71
+    IN_USE = 73
+    DISK = 74
+    STOPPED = 75
+
+
+MEANING: dict[ExitCode, str] = {
+    ExitCode.DONE: "done",
+    ExitCode.USAGE: "usage or configuration is wrong",
+    ExitCode.DAMAGED: "data or checkpoint is damaged",
+    ExitCode.NUMERICS: "numbers went wrong (NaN or Inf)",
+    ExitCode.RANK_FAILED: "a rank failed and could not be replaced",
+    ExitCode.IN_USE: "the run directory is in use by another run",
+    ExitCode.DISK: "the disk is full, read-only or failing",
+    ExitCode.STOPPED: "stopped before the end: run the same command again",
+}
+
+
+class HpcpipeError(Exception):
+    """An error whose text names the key or file, the numbers, and the cure.
+
+    Attributes
+    ----------
+    exit_code : ExitCode
+        What the process returns when nothing catches the error.
+    """
+
+    exit_code = ExitCode.RANK_FAILED
+
+
+class UsageError(HpcpipeError):
+    """A command line or a configuration that cannot be carried out."""
+
+    exit_code = ExitCode.USAGE
+
+
+class DamagedError(HpcpipeError):
+    """A token file or checkpoint that is missing, truncated, altered, or of another kind."""
+
+    exit_code = ExitCode.DAMAGED
+
+
+class NumericsError(HpcpipeError):
+    """A loss or gradient that is not a finite number."""
+
+    exit_code = ExitCode.NUMERICS
+
+
+class RankError(HpcpipeError):
+    """A rank that failed, or did not answer before its deadline."""
+
+    exit_code = ExitCode.RANK_FAILED
+
+
+class InUseError(HpcpipeError):
+    """A run directory that another run holds."""
+
+    exit_code = ExitCode.IN_USE
+
+
+class DiskError(HpcpipeError):
+    """A write that the file system refused."""
+
+    exit_code = ExitCode.DISK
+
+
+class StoppedError(HpcpipeError):
+    """A run that was asked to stop, and wrote what it needs to go on."""
+
+    exit_code = ExitCode.STOPPED
+
+
+BY_CODE: dict[int, type[HpcpipeError]] = {
+    int(kind.exit_code): kind
+    for kind in (UsageError, DamagedError, NumericsError, RankError, InUseError, DiskError, StoppedError)
+}
