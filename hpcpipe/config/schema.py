@@ -65,7 +65,10 @@ class TrainConfig:
     precision: str = key("auto", "auto or f32: float32 throughout")
     learning_rate: float = key(1e-3, "peak learning rate")
     warmup_steps: int = key(50, "steps of linear warmup")
-    decay_steps: int = key(0, "step at which the cosine reaches min_learning_rate; 0: steps")
+    decay_steps: int = key(
+        0,
+        "step at which the cosine reaches min_learning_rate; 0: steps (set it if steps will be raised later)",
+    )
     min_learning_rate: float = key(1e-4, "learning rate at the end of the cosine")
     weight_decay: float = key(0.1, "decoupled weight decay of weight matrices")
     betas: tuple[float, float] = key((0.9, 0.95), "AdamW's decay rates of the two moments")

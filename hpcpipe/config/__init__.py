@@ -1,0 +1,1 @@
+"""The configuration: its schema, reading it, checking it across keys, and writing it back."""

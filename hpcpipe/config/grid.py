@@ -1,0 +1,103 @@
+"""Checks of the degrees of parallelism against ranks, layers and microbatches."""
+
+from hpcpipe.config.schema import Config
+
+
+def degrees_fill_the_ranks(config: Config, world_size: int) -> str | None:
+    """Check that pipeline x data is the number of ranks; pipeline = 0 stands for ranks / data."""
+    pipeline, data = config.parallel.pipeline, config.parallel.data
+    if pipeline == 0:
+        if world_size % data == 0:
+            return None
+        problem = f"parallel.data = {data} does not divide the number of ranks, {world_size}"
+        fewest = -(-world_size // data) * data
+    else:
+        if pipeline * data == world_size:
+            return None
+        product = f"parallel.pipeline = {pipeline} x parallel.data = {data}"
+        problem = f"{product} needs {_ranks(pipeline * data)}, and {_ranks(world_size)} started"
+        fewest = pipeline * data
+    return f"{problem}: start with `-n {fewest}`{_or_degrees(config, world_size)}"
+
+
+def layers_fill_the_stages(config: Config, world_size: int) -> str | None:
+    """Check that each stage can have a block."""
+    layers, pipeline, data = config.model.layers, config.parallel.pipeline, config.parallel.data
+    if layers >= pipeline:
+        return None
+    return (
+        f"model.layers = {layers} is fewer than parallel.pipeline = {pipeline} stages, and each stage needs at "
+        f"least one layer: set model.layers = {pipeline} or more, start with `-n {layers * data}` or fewer ranks"
+        f"{_or_degrees(config, world_size)}"
+    )
+
+
+def partition_covers_the_layers(config: Config, world_size: int) -> str | None:
+    """Check that a partition by hand has one entry per stage and every layer once."""
+    partition, layers, stages = config.parallel.partition, config.model.layers, config.parallel.pipeline
+    if partition == "auto":
+        return None
+    example = [layers // stages + (stage < layers % stages) for stage in range(stages)]
+    cure = f'set it to "auto", or for example to {example}'
+    if isinstance(partition, str):
+        return f'parallel.partition = "{partition}": expected "auto" or a list: {cure}'
+    shown = f"parallel.partition = {list(partition)}"
+    if len(partition) != stages:
+        return f"{shown} has {len(partition)} entries for {stages} stages: {cure}"
+    if min(partition) < 1:
+        return f"{shown} leaves stage {partition.index(min(partition))} without a layer: {cure}"
+    if sum(partition) != layers:
+        return f"{shown} adds up to {sum(partition)} layers, and model.layers = {layers}: {cure}"
+    return None
+
+
+def data_divides_microbatches(config: Config, world_size: int) -> str | None:
+    """Check that every replica gets the same number of microbatches."""
+    microbatches, data = config.parallel.microbatches, config.parallel.data
+    if microbatches % data == 0:
+        return None
+    low, high = microbatches // data * data, -(-microbatches // data) * data
+    nearest = f"{low} or {high}" if low else f"{high}"
+    return (
+        f"parallel.microbatches = {microbatches} is not a multiple of parallel.data = {data}: set "
+        f"parallel.microbatches = {nearest}{_or_degrees(config, world_size)}"
+    )
+
+
+def fitting_degrees(config: Config, world_size: int) -> list[tuple[int, int]]:
+    """List the (pipeline, data) that this model and batch allow on so many ranks.
+
+    Parameters
+    ----------
+    config : Config
+        Its layers bound the stages, its microbatches the replicas.
+    world_size : int
+        Number of ranks.
+
+    Returns
+    -------
+    list of (int, int)
+        Those nearest to the configured `parallel.data` first.
+    """
+    degrees = [
+        (world_size // data, data)
+        for data in range(1, world_size + 1)
+        if world_size % data == 0
+        and world_size // data <= config.model.layers
+        and config.parallel.microbatches % data == 0
+    ]
+    return sorted(degrees, key=lambda degree: abs(degree[1] - config.parallel.data))
+
+
+def _or_degrees(config: Config, world_size: int) -> str:
+    """Suggest degrees for the ranks that were started, if there are any."""
+    degrees = fitting_degrees(config, world_size)
+    if not degrees:
+        return ""
+    pipeline, data = degrees[0]
+    return f", or set parallel.pipeline = {pipeline} and parallel.data = {data} for {_ranks(world_size)}"
+
+
+def _ranks(count: int) -> str:
+    """Count ranks in words."""
+    return f"{count} rank" if count == 1 else f"{count} ranks"
