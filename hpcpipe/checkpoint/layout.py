@@ -1,0 +1,165 @@
+"""Names: the directory of a step, the files in it, the tensors in a file."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from hpcpipe.errors import DamagedError, UsageError
+
+FORMAT = "hpcpipe-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+DIGEST_BYTES = 32
+DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64"}) | frozenset(
+    {"uint8", "uint16", "uint32", "uint64"}
+)
+
+_STEP = re.compile(r"step-([0-9]{8,})\Z")
+_LEFTOVER = re.compile(r"(step-[0-9]{8,}\.partial|trash-.+)\Z", re.DOTALL)
+_FILE = re.compile(r"rank-[0-9]{4,}\.h5\Z")
+_KIND = re.compile(r"[a-z][a-z0-9_]*\Z")
+_TENSOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of one tensor's elements that one rank writes.
+
+    Attributes
+    ----------
+    name : str
+        Global name of the tensor, such as ``layers/003/attention/qkv/weight``.
+    kind : str
+        ``weight``, ``moment1`` or ``moment2``.
+    shape : tuple of int
+        Shape of the whole tensor.
+    start, stop : int
+        The elements ``[start, stop)`` of the tensor in C order; the whole tensor is ``[0, product of shape)``.
+    data : array of stop - start elements
+        C-contiguous, of any shape; owned by the caller and only read.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    data: NDArray[Any]
+
+    def __post_init__(self) -> None:
+        size = prod(self.shape)
+        label = f"{self.kind} of {self.name}"
+        if not is_kind(self.kind) or not is_tensor_name(self.name):
+            raise ValueError(f"{label!r}: kind and name may hold letters, digits, '_', '.', '-'; names also '/'")
+        if not 0 <= self.start <= self.stop <= size:
+            raise ValueError(f"{label}: elements [{self.start}, {self.stop}) are not within its {size} elements")
+        if self.data.size != self.stop - self.start or not self.data.flags.c_contiguous:
+            raise ValueError(
+                f"{label}: elements [{self.start}, {self.stop}) need {self.stop - self.start} contiguous elements, "
+                f"got {self.data.size}{'' if self.data.flags.c_contiguous else ', not contiguous'}"
+            )
+        if self.data.dtype.name not in DTYPES or not self.data.dtype.isnative:
+            raise ValueError(f"{label}: cannot store {self.data.dtype}; one of {', '.join(sorted(DTYPES))} can be")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the piece is the whole tensor."""
+        return self.start == 0 and self.stop == prod(self.shape)
+
+
+def new_hash() -> blake2b:
+    """Start the hash that checkpoints use everywhere: BLAKE2b of 32 bytes."""
+    return blake2b(digest_size=DIGEST_BYTES)
+
+
+def step_name(step: int) -> str:
+    """Name the directory of a step."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """Read the step from the name of a committed checkpoint's directory; None for any other name."""
+    found = _STEP.match(name)
+    return int(found[1]) if found and step_name(int(found[1])) == name else None
+
+
+def file_name(writer: int) -> str:
+    """Name the file of a writing rank."""
+    return f"rank-{writer:04d}.h5"
+
+
+def is_file_name(name: str) -> bool:
+    """Tell whether a manifest may name this file: never a path out of the directory."""
+    return _FILE.match(name) is not None
+
+
+def is_tensor_name(name: str) -> bool:
+    """Tell whether a tensor may have this global name."""
+    return _TENSOR.match(name) is not None
+
+
+def is_kind(name: str) -> bool:
+    """Tell whether a kind of tensor may have this name."""
+    return _KIND.match(name) is not None
+
+
+def candidates(root: Path) -> list[Path]:
+    """List the directories below `root` that have a committed checkpoint's name.
+
+    Parameters
+    ----------
+    root : Path
+        The ``checkpoints`` directory of a run; it need not exist.
+
+    Returns
+    -------
+    list of Path
+        Newest step first. Nothing is opened: whether a checkpoint is sound is for ``verify`` to say.
+    """
+    if not root.is_dir():
+        return []
+    steps = {path: step_of(path.name) for path in root.iterdir()}
+    known = [(step, path) for path, step in steps.items() if step is not None and path.is_dir()]
+    return [path for _, path in sorted(known, reverse=True)]
+
+
+def leftovers(root: Path) -> Iterator[Path]:
+    """List what an interrupted writing or removal left below `root`."""
+    if root.is_dir():
+        yield from sorted(path for path in root.iterdir() if _LEFTOVER.match(path.name))
+
+
+def locate(path: Path) -> list[Path]:
+    """Find the checkpoints that a path stands for.
+
+    Parameters
+    ----------
+    path : Path
+        The directory of one checkpoint, a ``checkpoints`` directory, or a run directory.
+
+    Returns
+    -------
+    list of Path
+        Newest step first, at least one.
+
+    Raises
+    ------
+    UsageError
+        `path` is not a directory.
+    DamagedError
+        There is no checkpoint in it.
+    """
+    if not path.is_dir():
+        raise UsageError(f"{path}: no such directory; give a run directory or one of its checkpoints")
+    if (path / MANIFEST).exists() or step_of(path.resolve().name) is not None:
+        return [path]
+    found = candidates(path) or candidates(path / "checkpoints")
+    if not found:
+        raise DamagedError(f"{path}: holds no checkpoint (no directory such as checkpoints/{step_name(100)})")
+    return found

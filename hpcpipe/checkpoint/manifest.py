@@ -1,0 +1,148 @@
+"""The manifest: the file that commits a checkpoint and says what it holds, where, and with which hashes."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpcpipe.checkpoint.layout import FORMAT, MANIFEST, VERSION, new_hash, step_of
+from hpcpipe.checkpoint.table import Manifest, parse
+from hpcpipe.errors import DamagedError
+
+
+def assemble(header: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join the records of all ranks to the document that the manifest file holds.
+
+    Parameters
+    ----------
+    header : dict
+        JSON-able, with an integer ``step``.
+    records : sequence of dict
+        What each rank's ``write_file`` returned.
+
+    Returns
+    -------
+    dict
+        JSON-able, the digest of all the rest under ``blake2b``.
+
+    Raises
+    ------
+    DamagedError
+        A record is of another step, a file comes twice, two ranks disagree on a tensor, or a tensor's elements
+        are not held exactly once.
+    """
+    step = int(header["step"])
+    files: list[dict[str, Any]] = []
+    tensors: dict[str, Any] = {}
+    for record in sorted(records, key=lambda record: str(record["file"]["name"])):
+        name = record["file"]["name"]
+        if record["step"] != step:
+            raise DamagedError(f"{name} is of step {record['step']}, the checkpoint of step {step}; not committed")
+        files.append(dict(record["file"]))
+        for tensor, entry in record["tensors"].items():
+            _merge(tensors, tensor, entry, name)
+    document = {
+        "format": FORMAT,
+        "version": VERSION,
+        "step": step,
+        "header": header,
+        "files": files,
+        "tensors": tensors,
+    }
+    # What is written is what the JSON says: tuples become lists here, not at the next start.
+    document = json.loads(json.dumps(document, allow_nan=False))
+    try:
+        parse(document)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedError(f"checkpoint of step {step}: {error}; not committed") from error
+    return {**document, "blake2b": _digest(document)}
+
+
+def render(document: dict[str, Any]) -> bytes:
+    """Write the one text of a document: sorted keys, one per line."""
+    return (json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read and check the manifest of a checkpoint.
+
+    Parameters
+    ----------
+    path : Path
+        Directory of a committed checkpoint.
+
+    Returns
+    -------
+    Manifest
+        Checked: names cannot lead out of the directory, every tensor is covered once, every piece lies in its file.
+
+    Raises
+    ------
+    DamagedError
+        The manifest is missing, unreadable, altered, of an unknown version, or of another step.
+    """
+    file = path / MANIFEST
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        cause = "is missing: the checkpoint was never finished" if isinstance(error, FileNotFoundError) else error
+        raise DamagedError(f"{file}: {cause}") from error
+    try:
+        document = json.loads(raw)
+        _check_version(document)
+        _check_digest(document, raw)
+        manifest = parse(document)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise DamagedError(f"{file}: {_describe(error)}") from error
+    named = step_of(path.name)
+    if named is not None and named != manifest.step:
+        raise DamagedError(f"{file}: is of step {manifest.step}, but lies in {path.name}")
+    return manifest
+
+
+def _check_version(document: Any) -> None:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"is not the manifest of a checkpoint (it has no format {FORMAT!r})")
+    version = document.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise ValueError(
+            f"has version {version!r}, this hpcpipe reads version {VERSION}: a checkpoint is read by the hpcpipe that "
+            "wrote it and by later ones; install one that knows this version"
+        )
+
+
+def _check_digest(document: dict[str, Any], raw: bytes) -> None:
+    content = {key: value for key, value in document.items() if key != "blake2b"}
+    # The text is compared too: 1e5 and 1E5 are the same number, but not the same file.
+    if document.get("blake2b") != _digest(content) or render(document) != raw:
+        raise ValueError("was altered after it was written (its digest differs)")
+
+
+def _digest(content: dict[str, Any]) -> str:
+    digest = new_hash()
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    digest.update(text.encode("ascii"))
+    return digest.hexdigest()
+
+
+def _describe(error: Exception) -> str:
+    """Say in words what a parser's exception means."""
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"is not JSON: {error}"
+    if isinstance(error, KeyError):
+        return f"lacks {error}"
+    return str(error)
+
+
+def _merge(tensors: dict[str, Any], name: str, entry: dict[str, Any], file: str) -> None:
+    """Add one file's pieces of one tensor."""
+    known = tensors.setdefault(name, {"shape": entry["shape"], "dtype": entry["dtype"], "kinds": {}})
+    if list(known["shape"]) != list(entry["shape"]) or known["dtype"] != entry["dtype"]:
+        raise DamagedError(
+            f"{name}: {entry['dtype']} of shape {list(entry['shape'])} in {file}, {known['dtype']} of shape "
+            f"{list(known['shape'])} in another file; not committed"
+        )
+    for kind, pieces in entry["kinds"].items():
+        every = known["kinds"].setdefault(kind, [])
+        every.extend({"file": file, **piece} for piece in pieces)
+        every.sort(key=lambda piece: (piece["start"], piece["stop"]))

@@ -1,0 +1,146 @@
+"""From begin to commit: a checkpoint that is either whole or not there."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hpcpipe.checkpoint import disk
+from hpcpipe.checkpoint.image import build
+from hpcpipe.checkpoint.layout import MANIFEST, Piece, file_name, leftovers, new_hash, step_name
+from hpcpipe.checkpoint.manifest import assemble, render
+from hpcpipe.errors import DamagedError
+
+
+def begin(root: Path, step: int) -> Path:
+    """Make the directory that a checkpoint is written into. One rank calls it, the others wait.
+
+    Leftovers of interrupted writings and removals below `root` are removed first: no other writing may be
+    under way.
+
+    Parameters
+    ----------
+    root : Path
+        The run's ``checkpoints`` directory; made when it is missing.
+    step : int
+        The number of optimizer updates made.
+
+    Returns
+    -------
+    Path
+        ``root/step-XXXXXXXX.partial``, empty.
+
+    Raises
+    ------
+    DiskError
+        The file system refused.
+    """
+    for path in list(leftovers(root)):
+        disk.remove(path)
+    partial = root / f"{step_name(step)}.partial"
+    with disk.disk_errors(partial):
+        root.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+    return partial
+
+
+def write_file(partial: Path, writer: int, step: int, pieces: Sequence[Piece]) -> dict[str, Any]:
+    """Write one rank's file. Every writing rank calls it once, in any order.
+
+    Parameters
+    ----------
+    partial : Path
+        What ``begin`` returned.
+    writer : int
+        Number of the writing rank; names the file.
+    step : int
+        The number of optimizer updates made.
+    pieces : sequence of Piece
+        What this rank writes, at most one piece per kind and tensor; copied once into the image of the file.
+
+    Returns
+    -------
+    dict
+        The file's record for ``commit``; JSON-able, so that it can be sent to the committing rank.
+
+    Raises
+    ------
+    DiskError
+        The file system refused; call ``abandon``.
+    ValueError
+        Two pieces of the same kind of the same tensor, or of different shape or dtype.
+    """
+    name = file_name(writer)
+    image, tensors = build(step, pieces)
+    disk.write_new(partial / name, image)
+    digest = new_hash()
+    digest.update(image)
+    return {
+        "step": step,
+        "file": {"name": name, "bytes": image.nbytes, "blake2b": digest.hexdigest()},
+        "tensors": tensors,
+    }
+
+
+def commit(partial: Path, header: dict[str, Any], records: Sequence[dict[str, Any]]) -> Path:
+    """Make the checkpoint valid. One rank calls it, after every rank's ``write_file`` has returned.
+
+    Parameters
+    ----------
+    partial : Path
+        What ``begin`` returned.
+    header : dict
+        JSON-able: ``step``, ``tokens``, ``model``, ``config``, ``grid``, ``data``, ``versions``.
+    records : sequence of dict
+        What each ``write_file`` returned.
+
+    Returns
+    -------
+    Path
+        The committed directory. One of that name that was there before is gone.
+
+    Raises
+    ------
+    DamagedError
+        The files do not hold every element of every tensor exactly once, are of another step, or are not there
+        with their full size. Nothing is committed.
+    DiskError
+        The file system refused. Nothing is committed, unless only the last sync failed.
+    """
+    document = assemble(header, records)
+    final = partial.with_name(step_name(document["step"]))
+    if partial.name != f"{final.name}.partial":
+        raise DamagedError(f"{partial}: the header is of step {document['step']}; the checkpoint is not committed")
+    _check_sizes(partial, document["files"])
+    disk.write_new(partial / MANIFEST, memoryview(render(document)))
+    disk.sync_directory(partial)
+    trash = disk.move_to_trash(final) if final.exists() else None
+    with disk.disk_errors(final):
+        partial.rename(final)
+    disk.sync_directory(final.parent)
+    if trash:
+        disk.remove(trash)
+    return final
+
+
+def abandon(partial: Path) -> None:
+    """Remove a checkpoint that was begun and is not to be committed. One rank calls it.
+
+    Raises
+    ------
+    DiskError
+        The file system refused.
+    """
+    disk.remove(partial)
+
+
+def _check_sizes(partial: Path, files: Sequence[dict[str, Any]]) -> None:
+    """See that the committing rank finds every file with its full size."""
+    for entry in files:
+        path = partial / entry["name"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry["bytes"]:
+            found = "is not there" if size is None else f"has {size:,} bytes"
+            raise DamagedError(
+                f"{path}: {found}, but its rank wrote {entry['bytes']:,}: all ranks must see the same run.dir; "
+                "the checkpoint is not committed"
+            )
