@@ -35,9 +35,12 @@ class HpcpipeError(Exception):
     ----------
     exit_code : ExitCode
         What the process returns when nothing catches the error.
+    on_all_ranks : bool
+        Whether every rank raised it, so that they can leave together; else one rank has to end the others.
     """
 
     exit_code = ExitCode.RANK_FAILED
+    on_all_ranks = False
 
 
 class UsageError(HpcpipeError):

@@ -11,27 +11,27 @@ class BufferCounts:
 
     Attributes
     ----------
-    inputs : int
-        Stage inputs, from the posting of the receive (or the forward) to the end of the backward.
+    streams : int
+        Inputs, outputs and gradients of stages, which all have one shape: posted, in use, or on their way out.
     stashes : int
         Stashes of activations, from the forward to the end of the backward.
-    outputs : int
-        Stage outputs being sent.
-    gradients : int
-        Gradients of stage outputs, turned into gradients of stage inputs in place and sent on.
-    weight_inputs : int
+    upstreams : int
         What I leaves for W, where the two are apart.
     """
 
-    inputs: int
+    streams: int
     stashes: int
-    outputs: int
-    gradients: int
-    weight_inputs: int
+    upstreams: int
+
+
+_IN_FLIGHT = 2
 
 
 def count_buffers(schedule: Schedule, rank: int) -> BufferCounts:
     """Walk the list of a rank and count what is alive at the same time.
+
+    An output counts until the gradient that answers it arrives, and two more streams are added for messages on their
+    way out, so that a send does not hold up compute.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def count_buffers(schedule: Schedule, rank: int) -> BufferCounts:
     rank : int
         The pipeline rank.
     """
-    live = dict.fromkeys(("inputs", "stashes", "gradients", "weight_inputs"), 0)
+    live = {"streams": 0, "stashes": 0, "upstreams": 0}
     peak = dict(live)
 
     def change(name: str, amount: int) -> None:
@@ -50,30 +50,27 @@ def count_buffers(schedule: Schedule, rank: int) -> BufferCounts:
     forward_only = schedule.is_forward_only
     for action in schedule.actions[rank]:
         kind, stage = action.kind, action.stage
-        if kind is Kind.RECV_F or (kind is Kind.F and not schedule.input_crosses(stage)):
-            change("inputs", +1)
-        if kind is Kind.F:
+        is_last = stage + 1 == schedule.num_stages
+        if kind in (Kind.RECV_F, Kind.RECV_B):
+            change("streams", +1)
+        elif kind is Kind.F:
             change("stashes", +1)
-        if kind is Kind.RECV_B or (kind in (Kind.B, Kind.I) and not schedule.output_crosses(stage)):
-            change("gradients", +1)
+            change("streams", 0 if is_last else +1)
+            if forward_only:
+                change("stashes", -1)
+                change("streams", -(stage > 0) - schedule.output_crosses(stage))
+        elif kind in (Kind.B, Kind.I):
+            change("streams", +is_last)
+            change("streams", -schedule.output_crosses(stage))
+            change("streams", -(stage == 0 or schedule.input_crosses(stage)))
         if kind is Kind.I:
-            change("weight_inputs", +1)
-        if kind in (Kind.B, Kind.I):
-            change("gradients", -1)
-        if kind in (Kind.B, Kind.W) or (kind is Kind.F and forward_only):
+            change("upstreams", +1)
+        elif kind is Kind.W:
+            change("upstreams", -1)
+        if kind in (Kind.B, Kind.W):
             change("stashes", -1)
-            change("inputs", -1)
-        if kind is Kind.W:
-            change("weight_inputs", -1)
-    # A buffer on its way out stays taken until its message has left: one more of each kind that is sent, and as many
-    # outputs as there are microbatches between a forward and its backward, keeps sends from ever holding up compute.
-    return BufferCounts(
-        inputs=peak["inputs"],
-        stashes=peak["stashes"],
-        outputs=max(2, peak["stashes"]),
-        gradients=peak["gradients"] + 1,
-        weight_inputs=peak["weight_inputs"],
-    )
+            change("streams", -(stage > 0))
+    return BufferCounts(peak["streams"] + _IN_FLIGHT, peak["stashes"], peak["upstreams"])
 
 
 def peak_stash(schedule: Schedule) -> list[float]:

@@ -57,6 +57,12 @@ def test_peak_stash(p):
         assert count_buffers(build("forward", p, m), 0).stashes == 1
 
 
+def test_stream_counts():
+    assert count_buffers(build("1f1b", 1, 4), 0).streams == 1 + 2
+    assert count_buffers(build("forward", 2, 9), 1).streams == 2 + 2
+    assert count_buffers(build("gpipe", 2, 5), 0).streams == 5 + 2 + 2
+
+
 def test_actions_read_back():
     for kind, stage, k in itertools.product(Kind, (0, 12), (0, 305)):
         action = Action(kind, stage, k)

@@ -1,0 +1,1 @@
+"""Memory: blocks that are planned once and cut into named arrays."""

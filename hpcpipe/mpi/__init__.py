@@ -1,0 +1,1 @@
+"""MPI: the only room that imports mpi4py. Start and stop, the grid of ranks, messages, collectives, agreement."""

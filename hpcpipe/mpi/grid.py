@@ -1,0 +1,52 @@
+"""The grid of ranks: pipeline stages times data replicas. Only this room knows how ranks are numbered."""
+
+from dataclasses import dataclass
+
+from mpi4py import MPI
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The place of a rank, and the communicators along the two axes.
+
+    Attributes
+    ----------
+    comm : Comm
+        All ranks; the caller's.
+    pipeline, data : int
+        Degrees: stages per replica, and replicas.
+    stage_rank, replica : int
+        This rank's place in its pipeline, and the replica it belongs to.
+    pipeline_comm : Comm
+        The ranks of this replica, numbered by their place in the pipeline.
+    data_comm : Comm
+        The ranks at this place of all replicas, numbered by replica.
+    """
+
+    comm: MPI.Intracomm
+    pipeline: int
+    data: int
+    stage_rank: int
+    replica: int
+    pipeline_comm: MPI.Intracomm
+    data_comm: MPI.Intracomm
+
+    def world_rank(self, replica: int, stage_rank: int) -> int:
+        """Return the rank that stands at a place of the grid."""
+        return replica * self.pipeline + stage_rank
+
+    def free(self) -> None:
+        """Free the two communicators of the axes; every rank calls it."""
+        self.pipeline_comm.Free()
+        self.data_comm.Free()
+
+
+def make_grid(comm: MPI.Intracomm, pipeline: int, data: int) -> Grid:
+    """Lay the grid over a communicator whose size is ``pipeline * data``.
+
+    The ranks of a pipeline are neighbours, since they talk in every action and replicas only once a step.
+    """
+    replica, stage_rank = divmod(comm.rank, pipeline)
+    pipeline_comm = comm.Split(color=replica, key=stage_rank)
+    data_comm = comm.Split(color=stage_rank, key=replica)
+    return Grid(comm, pipeline, data, stage_rank, replica, pipeline_comm, data_comm)

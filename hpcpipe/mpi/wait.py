@@ -1,0 +1,69 @@
+"""The one function that waits: it tests, yields, and knows when to give up."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+
+from mpi4py import MPI
+
+from hpcpipe.errors import RankError
+
+_YIELDS = 200
+_SHORTEST_SLEEP_S = 20e-6
+_LONGEST_SLEEP_S = 1e-3
+
+
+class Waiter:
+    """Waits for requests without blocking in MPI.
+
+    More ranks than cores is normal on a laptop, so a waiting rank first gives its core to the others and then sleeps
+    in growing naps. Python signal handlers run between two tests.
+
+    Parameters
+    ----------
+    timeout_s : float
+        Seconds after which the peer is taken for lost.
+
+    Attributes
+    ----------
+    waited_s : float
+        Seconds spent waiting so far; the owner resets it.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.waited_s = 0.0
+
+    def wait(self, requests: Sequence[MPI.Request], what: Callable[[], str]) -> None:
+        """Return once all requests are complete.
+
+        Parameters
+        ----------
+        requests : sequence of Request
+            Completed ones are allowed.
+        what : callable
+            Gives the words for the error: what was waited for, and from whom.
+
+        Raises
+        ------
+        RankError
+            If `timeout_s` passed.
+        """
+        pending = list(requests)
+        if MPI.Request.Testall(pending):
+            return
+        start = time.perf_counter()
+        num_tests, nap_s = 0, _SHORTEST_SLEEP_S
+        while not MPI.Request.Testall(pending):
+            num_tests += 1
+            if num_tests < _YIELDS:
+                os.sched_yield()
+                continue
+            time.sleep(nap_s)
+            nap_s = min(1.2 * nap_s, _LONGEST_SLEEP_S)
+            if time.perf_counter() - start > self.timeout_s:
+                raise RankError(
+                    f"waited {self.timeout_s:g} s for {what()}: the other rank hangs, or a step takes longer than"
+                    " parallel.timeout_s allows (raise it for very large stages)"
+                )
+        self.waited_s += time.perf_counter() - start

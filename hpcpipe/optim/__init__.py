@@ -1,0 +1,1 @@
+"""The optimizer: learning rate, gradient sums and clipping, AdamW."""

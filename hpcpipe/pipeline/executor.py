@@ -1,0 +1,265 @@
+"""The one executor: it walks a rank's list of actions, whatever schedule made it."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from hpcpipe.model.layer import Arrays, Microbatch
+from hpcpipe.pipeline.pool import Pool
+from hpcpipe.pipeline.stage import Stage, Stash
+from hpcpipe.schedule.action import Action, Kind, Schedule
+from hpcpipe.schedule.buffers import count_buffers
+
+
+class Channel(Protocol):
+    """How messages travel between ranks; `hpcpipe.mpi.messages.Messages` is one."""
+
+    def post_receive(self, action: Action, buffer: np.ndarray) -> None:
+        """Post a receive into a buffer."""
+        ...
+
+    def start_send(self, action: Action, buffer: np.ndarray) -> None:
+        """Start a send from a buffer."""
+        ...
+
+    def wait_received(self, action: Action) -> None:
+        """Wait for a posted receive."""
+        ...
+
+    def wait_sent(self, action: Action) -> None:
+        """Wait until a started send has left its buffer."""
+        ...
+
+    def sent(self, action: Action) -> bool:
+        """Return whether a started send has left its buffer."""
+        ...
+
+    def poll(self) -> None:
+        """Let messages move."""
+        ...
+
+
+class NoChannel:
+    """The channel of a pipeline of one stage, which has no messages."""
+
+    def post_receive(self, action: Action, buffer: np.ndarray) -> None:
+        """Refuse: there is no other rank."""
+        raise AssertionError(f"{action} in a pipeline of one rank")
+
+    start_send = post_receive
+
+    def wait_received(self, action: Action) -> None:
+        """Refuse: there is no other rank."""
+        raise AssertionError(f"{action} in a pipeline of one rank")
+
+    def wait_sent(self, action: Action) -> None:
+        """Refuse: there is no other rank."""
+        raise AssertionError(f"{action} in a pipeline of one rank")
+
+    def sent(self, action: Action) -> bool:
+        """Refuse: there is no other rank."""
+        raise AssertionError(f"{action} in a pipeline of one rank")
+
+    def poll(self) -> None:
+        """Do nothing."""
+
+
+@dataclass
+class Work:
+    """What an executor calls for each microbatch.
+
+    Attributes
+    ----------
+    load : callable
+        Gives the microbatch of an index; the same object until that microbatch's backward is done.
+    gradients : callable
+        Gives the gradient arrays of a stage's layers that a microbatch adds to; not called in forward-only schedules.
+    finished : callable
+        Told when the weight gradients of (stage, microbatch) are added, or the forward is done in a forward-only one.
+    """
+
+    load: Callable[[int], Microbatch]
+    gradients: Callable[[int, int], list[Arrays]]
+    finished: Callable[[int, int, Microbatch, Stash], None]
+
+
+Key = tuple[int, int]
+
+
+class Executor:
+    """Walks the list of one rank.
+
+    Parameters
+    ----------
+    schedule : Schedule
+        Lowered and checked.
+    rank : int
+        This rank's place in the pipeline.
+    stages : mapping of int to Stage
+        The stages that this rank holds.
+    channel : Channel
+        Carries the messages.
+    work : Work
+        Gives microbatches and gradient buffers.
+
+    Attributes
+    ----------
+    run_s : float
+        Seconds that the last `run` took.
+    """
+
+    def __init__(
+        self, schedule: Schedule, rank: int, stages: Mapping[int, Stage], channel: Channel, work: Work
+    ) -> None:
+        self._schedule = schedule
+        self._actions = schedule.actions[rank]
+        self._stages = stages
+        self._channel = channel
+        self._work = work
+        self.run_s = 0.0
+        counts = count_buffers(schedule, rank)
+        stage = next(iter(stages.values()))
+        # Inputs, outputs and gradients have one shape, so a stage's output can become the next one's input as it is.
+        self._streams = Pool(stage.new_stream, counts.streams)
+        self._unused = stage.new_stream()
+        self._stashes = {index: Pool(held.new_stash, counts.stashes) for index, held in stages.items()}
+        self._upstreams = {index: Pool(held.new_upstream, counts.upstreams) for index, held in stages.items()}
+        has_whole_backward = any(action.kind is Kind.B for action in self._actions)
+        self._shared = {
+            index: held.new_shared_upstream() for index, held in stages.items() if has_whole_backward
+        }
+        self._x: dict[Key, np.ndarray] = {}
+        self._out: dict[Key, np.ndarray] = {}
+        self._d: dict[Key, np.ndarray] = {}
+        self._stash: dict[Key, Stash] = {}
+        self._upstream: dict[Key, list[Arrays]] = {}
+        self._leaving: list[tuple[Action, np.ndarray]] = []
+        self._handlers: dict[Kind, Callable[[Action], None]] = {
+            Kind.F: self._forward,
+            Kind.B: self._backward,
+            Kind.I: self._backward_input,
+            Kind.W: self._backward_weight,
+            Kind.RECV_F: self._receive_input,
+            Kind.RECV_B: self._receive_gradient,
+            Kind.SEND_F: self._send_output,
+            Kind.SEND_B: self._send_gradient,
+        }
+
+    def run(self) -> None:
+        """Walk the whole list once; on return no message is under way."""
+        start = time.perf_counter()
+        for action in self._actions:
+            self._handlers[action.kind](action)
+        while self._leaving:
+            self._collect_oldest()
+        self.run_s = time.perf_counter() - start
+
+    def _forward(self, action: Action) -> None:
+        key = (action.stage, action.microbatch)
+        stage, microbatch = self._stages[action.stage], self._work.load(action.microbatch)
+        if self._schedule.input_crosses(action.stage):
+            self._channel.wait_received(Action(Kind.RECV_F, *key))
+        elif action.stage == 0:
+            self._x[key] = self._unused
+        else:
+            self._x[key] = self._out.pop((action.stage - 1, action.microbatch))
+        is_last = action.stage + 1 == self._schedule.num_stages
+        out = self._unused if is_last else self._take()
+        stash = self._stash[key] = self._stashes[action.stage].take()
+        stage.forward(microbatch, self._x[key], out, stash, self._channel.poll)
+        if not is_last:
+            self._out[key] = out
+        if self._schedule.is_forward_only:
+            self._work.finished(*key, microbatch, self._stash[key])
+            self._release(key)
+
+    def _backward(self, action: Action) -> None:
+        key, d, microbatch = self._enter_backward(action)
+        self._stages[action.stage].backward(
+            microbatch, self._x[key], d, self._stash[key], self._shared[action.stage], self._work.gradients(*key),
+            self._channel.poll,
+        )
+        self._leave_backward(key, d)
+        self._work.finished(*key, microbatch, self._stash[key])
+        self._release(key)
+
+    def _backward_input(self, action: Action) -> None:
+        key, d, microbatch = self._enter_backward(action)
+        upstream = self._upstream[key] = self._upstreams[action.stage].take()
+        self._stages[action.stage].backward_input(
+            microbatch, self._x[key], d, self._stash[key], upstream, self._channel.poll
+        )
+        self._leave_backward(key, d)
+
+    def _backward_weight(self, action: Action) -> None:
+        key = (action.stage, action.microbatch)
+        microbatch, upstream = self._work.load(action.microbatch), self._upstream.pop(key)
+        self._stages[action.stage].backward_weight(
+            microbatch, self._x[key], self._stash[key], upstream, self._work.gradients(*key), self._channel.poll
+        )
+        self._upstreams[action.stage].give_back(upstream)
+        self._work.finished(*key, microbatch, self._stash[key])
+        self._release(key)
+
+    def _enter_backward(self, action: Action) -> tuple[Key, np.ndarray, Microbatch]:
+        """Get the gradient of a stage's output: from a message, from the next stage here, or from the loss."""
+        key = (action.stage, action.microbatch)
+        if self._schedule.output_crosses(action.stage):
+            self._channel.wait_received(Action(Kind.RECV_B, *key))
+            d = self._d.pop(key)
+        elif action.stage + 1 == self._schedule.num_stages:
+            d = self._take()
+        else:
+            d = self._d.pop(key)
+        return key, d, self._work.load(action.microbatch)
+
+    def _leave_backward(self, key: Key, d: np.ndarray) -> None:
+        """Keep the gradient of a stage's input for the stage in front, if there is one."""
+        stage, k = key
+        if stage == 0:
+            self._streams.give_back(d)
+        elif self._schedule.input_crosses(stage):
+            self._d[key] = d
+        else:
+            self._d[stage - 1, k] = d
+
+    def _receive_input(self, action: Action) -> None:
+        buffer = self._x[action.stage, action.microbatch] = self._take()
+        self._channel.post_receive(action, buffer)
+
+    def _receive_gradient(self, action: Action) -> None:
+        buffer = self._d[action.stage, action.microbatch] = self._take()
+        self._channel.post_receive(action, buffer)
+
+    def _send_output(self, action: Action) -> None:
+        self._send(action, self._out.pop((action.stage, action.microbatch)))
+
+    def _send_gradient(self, action: Action) -> None:
+        self._send(action, self._d.pop((action.stage, action.microbatch)))
+
+    def _send(self, action: Action, buffer: np.ndarray) -> None:
+        self._channel.start_send(action, buffer)
+        self._leaving.append((action, buffer))
+
+    def _take(self) -> np.ndarray:
+        """Take a stream, after collecting those whose messages have left."""
+        while self._leaving and self._channel.sent(self._leaving[0][0]):
+            self._collect_oldest()
+        while not self._streams:
+            self._collect_oldest()
+        return self._streams.take()
+
+    def _collect_oldest(self) -> None:
+        send, buffer = self._leaving.pop(0)
+        self._channel.wait_sent(send)
+        self._streams.give_back(buffer)
+
+    def _release(self, key: Key) -> None:
+        """Give back what a microbatch held on a stage."""
+        self._stashes[key[0]].give_back(self._stash.pop(key))
+        x = self._x.pop(key)
+        if x is not self._unused:
+            self._streams.give_back(x)

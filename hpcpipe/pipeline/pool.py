@@ -1,0 +1,32 @@
+"""A fixed number of buffers that are handed out and given back."""
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Pool(Generic[T]):
+    """Buffers made once, at start.
+
+    Parameters
+    ----------
+    make : callable
+        Makes one buffer.
+    count : int
+        How many there are.
+    """
+
+    def __init__(self, make: Callable[[], T], count: int) -> None:
+        self._free = [make() for _ in range(count)]
+
+    def __len__(self) -> int:
+        return len(self._free)
+
+    def take(self) -> T:
+        """Hand out a buffer; the schedule's counts guarantee that there is one."""
+        return self._free.pop()
+
+    def give_back(self, buffer: T) -> None:
+        """Take a buffer back."""
+        self._free.append(buffer)

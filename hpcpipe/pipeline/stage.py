@@ -1,0 +1,175 @@
+"""A stage: a contiguous range of layers that computes forward and both halves of the backward."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hpcpipe.memory.arena import Arena
+from hpcpipe.model.layer import Arrays, Buffers, Layer, Microbatch, Poll
+from hpcpipe.model.parameters import Parameters
+from hpcpipe.model.tensors import BufferShapes
+
+
+@dataclass
+class Stash:
+    """What the forward of one microbatch leaves for its backward.
+
+    Attributes
+    ----------
+    streams : list of ndarray
+        The residual stream between the layers of the stage, one less than there are layers.
+    layers : list of mapping
+        Each layer's stash; a single shared one for all microbatches where activations are recomputed.
+    """
+
+    streams: list[np.ndarray]
+    layers: list[Arrays]
+
+
+class Stage:
+    """Layers, their weights, and the sizes of all buffers that they compute on.
+
+    Parameters
+    ----------
+    layers : sequence of Layer
+        A contiguous range of the model.
+    parameters : Parameters
+        The weights of exactly these layers.
+    batch, context, width : int
+        Samples per microbatch, tokens per sample, size of the residual stream.
+    recompute : bool
+        Keep only the residual streams and compute the rest again in the backward.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        parameters: Parameters,
+        batch: int,
+        context: int,
+        width: int,
+        recompute: bool = False,
+    ) -> None:
+        self.layers = tuple(layers)
+        self.batch = batch
+        self.stream_shape = (batch * context, width)
+        self.recompute = recompute
+        self._weights = [parameters.weights_of(layer) for layer in layers]
+        self._scratch = Arena(_largest([layer.scratch_shapes(batch) for layer in layers])).arrays
+        self._shared_stashes = self._layer_stashes() if recompute else None
+        self._unused = np.empty(self.stream_shape, np.float32)
+
+    def new_stream(self) -> np.ndarray:
+        """Return a new residual stream, as it crosses a stage boundary: float32 (batch * context, width)."""
+        return np.zeros(self.stream_shape, np.float32)
+
+    def new_stash(self) -> Stash:
+        """Return a new stash for one microbatch."""
+        streams = [self.new_stream() for _ in self.layers[1:]]
+        return Stash(streams, self._shared_stashes or self._layer_stashes())
+
+    def new_upstream(self) -> list[Arrays]:
+        """Return what the input gradient leaves for the weight gradient, of all layers, for one microbatch."""
+        return [Arena(layer.upstream_shapes(self.batch)).arrays for layer in self.layers]
+
+    def new_shared_upstream(self) -> list[Arrays]:
+        """Return the same for schedules whose B does both halves layer by layer: each layer reuses the memory."""
+        shared: list[Arrays] = []
+        arena = Arena(_largest([_flattened(layer.upstream_shapes(self.batch)) for layer in self.layers])).arrays
+        for layer in self.layers:
+            shapes = layer.upstream_shapes(self.batch)
+            flat = dict(zip(shapes, arena.values(), strict=False))
+            shared.append({name: flat[name][: _size(shape)].reshape(shape) for name, shape in shapes.items()})
+        return shared
+
+    def forward(
+        self, microbatch: Microbatch, x: np.ndarray, out: np.ndarray, stash: Stash, poll: Poll
+    ) -> None:
+        """Run all layers; `x` is not read by a stage with the embedding, `out` not written by one with the head."""
+        streams = [x, *stash.streams, out]
+        for index, layer in enumerate(self.layers):
+            buffers = Buffers(stash.layers[index], {}, self._scratch)
+            layer.forward(self._weights[index], microbatch, streams[index], streams[index + 1], buffers, poll)
+
+    def backward(
+        self,
+        microbatch: Microbatch,
+        x: np.ndarray,
+        d: np.ndarray,
+        stash: Stash,
+        upstream: list[Arrays],
+        gradients: Sequence[Arrays],
+        poll: Poll,
+    ) -> None:
+        """Run both halves of the backward, layer by layer; `d` becomes the gradient of `x` in place."""
+        for index in reversed(range(len(self.layers))):
+            self._input_half(index, microbatch, x, d, stash, upstream, poll)
+            self._weight_half(index, microbatch, x, stash, upstream, gradients, poll)
+
+    def backward_input(
+        self, microbatch: Microbatch, x: np.ndarray, d: np.ndarray, stash: Stash, upstream: list[Arrays], poll: Poll
+    ) -> None:
+        """Run only the input half; `upstream` must live until the weight half."""
+        for index in reversed(range(len(self.layers))):
+            self._input_half(index, microbatch, x, d, stash, upstream, poll)
+
+    def backward_weight(
+        self,
+        microbatch: Microbatch,
+        x: np.ndarray,
+        stash: Stash,
+        upstream: list[Arrays],
+        gradients: Sequence[Arrays],
+        poll: Poll,
+    ) -> None:
+        """Run the weight half that `backward_input` left."""
+        for index in reversed(range(len(self.layers))):
+            if self.recompute:
+                self._forward_again(index, microbatch, x, stash, poll)
+            self._weight_half(index, microbatch, x, stash, upstream, gradients, poll)
+
+    def _input_half(
+        self, index: int, microbatch: Microbatch, x: np.ndarray, d: np.ndarray, stash: Stash, upstream: list[Arrays],
+        poll: Poll,
+    ) -> None:
+        if self.recompute:
+            self._forward_again(index, microbatch, x, stash, poll)
+        buffers = Buffers(stash.layers[index], upstream[index], self._scratch)
+        x = stash.streams[index - 1] if index else x
+        self.layers[index].backward_input(self._weights[index], microbatch, x, d, buffers, poll)
+
+    def _weight_half(
+        self, index: int, microbatch: Microbatch, x: np.ndarray, stash: Stash, upstream: list[Arrays],
+        gradients: Sequence[Arrays], poll: Poll,
+    ) -> None:
+        buffers = Buffers(stash.layers[index], upstream[index], self._scratch)
+        x = stash.streams[index - 1] if index else x
+        self.layers[index].backward_weight(gradients[index], microbatch, x, buffers, poll)
+
+    def _forward_again(self, index: int, microbatch: Microbatch, x: np.ndarray, stash: Stash, poll: Poll) -> None:
+        buffers = Buffers(stash.layers[index], {}, self._scratch)
+        x = stash.streams[index - 1] if index else x
+        self.layers[index].forward(self._weights[index], microbatch, x, self._unused, buffers, poll)
+
+    def _layer_stashes(self) -> list[Arrays]:
+        return [Arena(layer.stash_shapes(self.batch)).arrays for layer in self.layers]
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    return int(np.prod(shape))
+
+
+def _flattened(shapes: BufferShapes) -> BufferShapes:
+    """Name shapes by position, so that layers of different kinds can share memory."""
+    return {str(position): (_size(shape),) for position, shape in enumerate(shapes.values())}
+
+
+def _largest(shapes: Sequence[BufferShapes]) -> BufferShapes:
+    """Return, for each name, the shape with most elements."""
+    largest: BufferShapes = {}
+    for layer in shapes:
+        for name, shape in layer.items():
+            if name not in largest or _size(shape) > _size(largest[name]):
+                largest[name] = shape
+    return largest

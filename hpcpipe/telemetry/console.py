@@ -1,0 +1,73 @@
+"""What a person sees: a progress bar on a terminal, one line per step elsewhere."""
+
+import sys
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from hpcpipe.cluster.environment import rank_hint, terminal_size
+
+
+class Console:
+    """Rank 0's voice; the other ranks have a quiet one.
+
+    Parameters
+    ----------
+    mode : str
+        ``auto``, ``terminal``, ``lines`` or ``quiet``; ``auto`` is ``terminal`` where one shows the output.
+    """
+
+    def __init__(self, mode: str) -> None:
+        size = terminal_size()
+        if mode == "auto":
+            shows = sys.stdout.isatty() if rank_hint() is None else size is not None
+            mode = "terminal" if shows else "lines"
+        self._mode = mode
+        self._rich = RichConsole(
+            file=sys.stdout, force_terminal=True if mode == "terminal" else None, width=size[0] if size else None, highlight=False
+        )
+        self._progress: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """Show a line of text."""
+        if self._mode == "quiet":
+            return
+        if self._mode == "terminal":
+            self._rich.print(text, markup=False, soft_wrap=True)
+        else:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+
+    def start(self, steps: int, done: int) -> None:
+        """Begin to show progress."""
+        self._steps = steps
+        if self._mode != "terminal":
+            return
+        self._progress = Progress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None),
+            TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(),
+            console=self._rich, refresh_per_second=5,
+        )
+        self._task = self._progress.add_task("steps", total=steps, completed=done, numbers="")
+        self._progress.start()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Show a step."""
+        if self._progress is not None:
+            numbers = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  bubble {row['bubble']:.0%}"
+            self._progress.update(self._task, completed=row["step"], numbers=numbers)
+            return
+        left_s = (self._steps - row["step"]) * row["step_s"]
+        self.say(
+            f"step {row['step']:>{len(str(self._steps))}}/{self._steps}  loss {row['loss']:.4f}"
+            f"  grad norm {row['grad_norm']:.3f}  learning rate {row['learning_rate']:.2e}"
+            f"  {row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.0%}  bubble {row['bubble']:.0%}"
+            f"  left {int(left_s) // 60}:{int(left_s) % 60:02d}"
+        )
+
+    def stop(self) -> None:
+        """End the progress display."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None

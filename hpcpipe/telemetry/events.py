@@ -1,0 +1,24 @@
+"""``events.jsonl``: what happened to a run, with the time of day."""
+
+from pathlib import Path
+from typing import Any
+
+from hpcpipe.telemetry.files import append_line, now
+
+
+class EventLog:
+    """The events of a run over all its restarts.
+
+    Parameters
+    ----------
+    path : Path or None
+        The file; None on ranks that do not write it.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+
+    def add(self, event: str, **facts: Any) -> None:
+        """Append an event with its facts."""
+        if self._path is not None:
+            append_line(self._path, {"time": now(), "event": event, **facts})

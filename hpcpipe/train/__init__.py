@@ -1,0 +1,1 @@
+"""Training: what a run is made of, one step of it, the loop around it, and how it starts again."""

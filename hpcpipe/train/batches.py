@@ -1,0 +1,63 @@
+"""Which samples a microbatch holds: a function of the step and the microbatch's place in the global batch."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from hpcpipe.data.windows import HeldOut, Samples
+from hpcpipe.model.layer import Microbatch
+
+
+def empty_microbatch(batch: int, context: int) -> Microbatch:
+    """Return a microbatch without targets."""
+    return Microbatch(
+        tokens=np.zeros((batch, context), np.int32),
+        targets=np.full((batch, context), -1, np.int32),
+        coefficients=np.zeros((batch, context), np.float32),
+    )
+
+
+class TrainingBatches:
+    """The microbatches of one step of one replica, in buffers that every step fills again.
+
+    Parameters
+    ----------
+    samples : Samples
+        The training samples in their order.
+    num_microbatches : int
+        Microbatches per step over all replicas.
+    local : range
+        This replica's part of them.
+    batch, context : int
+        Samples per microbatch and tokens per sample.
+    """
+
+    def __init__(self, samples: Samples, num_microbatches: int, local: range, batch: int, context: int) -> None:
+        self._samples = samples
+        self._num_microbatches = num_microbatches
+        self._local = local
+        self._batch = batch
+        self._microbatches = [empty_microbatch(batch, context) for _ in local]
+        for microbatch in self._microbatches:
+            microbatch.coefficients.fill(1.0)
+
+    def load(self, step: int) -> None:
+        """Read the samples of a step, counted from 1."""
+        for index, microbatch in zip(self._local, self._microbatches, strict=True):
+            first = ((step - 1) * self._num_microbatches + index) * self._batch
+            self._samples.batch(first, self._batch, microbatch.tokens, microbatch.targets)
+
+    def __getitem__(self, index: int) -> Microbatch:
+        return self._microbatches[index]
+
+
+def held_out_loader(held_out: HeldOut, first: int, batch: int, context: int) -> Callable[[int], Microbatch]:
+    """Return a function that reads held-out microbatch `first` + index; behind the last sample it has no targets."""
+
+    def load(index: int) -> Microbatch:
+        microbatch = empty_microbatch(batch, context)
+        start = (first + index) * batch
+        held_out.batch(start, batch, microbatch.tokens, microbatch.targets, microbatch.coefficients)
+        return microbatch
+
+    return load

@@ -1,0 +1,43 @@
+"""The run directory: where each of its files is."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcpipe.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths below the directory of a run."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, run: RunConfig) -> "RunDirectory":
+        """Return the directory that a configuration names."""
+        return cls(Path(run.dir) / run.name)
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """One object per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def events(self) -> Path:
+        """What happened to the run."""
+        return self.path / "events.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One directory per checkpoint."""
+        return self.path / "checkpoints"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the run that writes here."""
+        return self.path / "lock.json"

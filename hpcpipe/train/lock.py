@@ -1,0 +1,142 @@
+"""One run per directory: a lock that names its holder and that a dead holder does not keep."""
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from hpcpipe.errors import DiskError, InUseError
+
+_RENEW_S = 5.0
+_STALE_S = 60.0
+_NOBODY: dict[str, Any] = {"host": "", "pid": 0, "process_start": "", "started": ""}
+
+
+class RunLock:
+    """The lock of a run directory, held by rank 0.
+
+    The holder renews the file's time of change every few seconds. A lock is taken over if its process is gone from this
+    machine, or if it is another machine's and has not been renewed for a minute.
+
+    Parameters
+    ----------
+    path : Path
+        The lock file, in an existing directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._content = ""
+        self._done = threading.Event()
+
+    def acquire(self) -> str:
+        """Take the lock.
+
+        Returns
+        -------
+        str
+            Who held it before, if a dead run's lock was taken over; else an empty string.
+
+        Raises
+        ------
+        InUseError
+            If another run holds it; names the process and the machine.
+        DiskError
+            If the file cannot be made.
+        """
+        taken_from = ""
+        self._content = json.dumps(_identity())
+        while not self._create():
+            holder = _read(self._path)
+            if holder is None:
+                continue
+            if _is_alive(holder, self._path):
+                raise InUseError(
+                    f"{self._path.parent} is in use by process {holder['pid']} on {holder['host']}, started"
+                    f" {holder['started']}: wait for it, stop it, or choose another run.name"
+                )
+            taken_from = f"process {holder['pid']} on {holder['host']}"
+            _remove_if_unchanged(self._path, holder)
+        threading.Thread(target=self._renew, daemon=True).start()
+        return taken_from
+
+    def release(self) -> None:
+        """Give the lock back, if it is still this run's."""
+        self._done.set()
+        try:
+            if self._path.read_text() == self._content:
+                self._path.unlink()
+        except OSError:
+            return
+
+    def _create(self) -> bool:
+        try:
+            handle = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise DiskError(f"{self._path} could not be made ({error.strerror}): choose another run.dir") from error
+        with os.fdopen(handle, "w") as file:
+            file.write(self._content)
+        return True
+
+    def _renew(self) -> None:
+        while not self._done.wait(_RENEW_S):
+            try:
+                os.utime(self._path)
+            except OSError:
+                return
+
+
+def _identity() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_start": _process_start(os.getpid()),
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _process_start(pid: int) -> str:
+    """Return when a process of this machine started, in clock ticks; empty if there is none: numbers are reused."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return who holds a lock, or None if it is gone; a lock that stays unreadable belongs to nobody."""
+    for _ in range(10):
+        try:
+            content = json.loads(path.read_text())
+            return {**_NOBODY, **content}
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError):
+            time.sleep(0.05)
+    return _NOBODY
+
+
+def _is_alive(holder: dict[str, Any], path: Path) -> bool:
+    if holder["host"] == socket.gethostname():
+        return bool(holder["process_start"]) and _process_start(holder["pid"]) == holder["process_start"]
+    try:
+        return bool(holder["host"]) and time.time() - path.stat().st_mtime < _STALE_S
+    except FileNotFoundError:
+        return False
+
+
+def _remove_if_unchanged(path: Path, holder: dict[str, Any]) -> None:
+    """Remove a dead run's lock, unless somebody else took it over in the meantime."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.dead")
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    if _read(aside) != holder:
+        os.link(aside, path)
+    aside.unlink()

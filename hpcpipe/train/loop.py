@@ -1,0 +1,137 @@
+"""The loop: steps, evaluations and checkpoints until the last step or a request to stop."""
+
+import time
+
+from hpcpipe.errors import ExitCode, StoppedError
+from hpcpipe.model.gpt2 import training_flops_per_sample
+from hpcpipe.train.evaluate import Evaluation, Evaluator
+from hpcpipe.train.save import save
+from hpcpipe.train.session import Session
+from hpcpipe.train.state import State
+from hpcpipe.train.step import StepResult, Trainer
+from hpcpipe.train.stop import StopRequest
+
+
+class Loop:
+    """Trains a state to its last step.
+
+    Parameters
+    ----------
+    session : Session
+        The run.
+    state : State
+        Updated in place.
+    trainer : Trainer
+        Runs a step.
+    evaluator : Evaluator or None
+        Runs an evaluation; None if nothing is held out.
+    stop : StopRequest
+        Looked at in every step.
+    data : dict
+        Identifies the token file and its tokenizer in checkpoints.
+    peak_flops : float
+        What MFU is measured against.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        state: State,
+        trainer: Trainer,
+        evaluator: Evaluator | None,
+        stop: StopRequest,
+        data: dict[str, str],
+        peak_flops: float,
+    ) -> None:
+        self._session = session
+        self._state = state
+        self._trainer = trainer
+        self._evaluator = evaluator
+        self._stop = stop
+        self._data = data
+        self._metrics = session.metrics
+        samples = session.config.parallel.microbatches * session.config.parallel.microbatch_size
+        self._peak_flops_per_step = training_flops_per_sample(state.model) * samples / peak_flops
+        self._saved_step = state.step
+        self._evaluation: Evaluation | None = None
+
+    def run(self) -> Evaluation | None:
+        """Run all steps that are left.
+
+        Returns
+        -------
+        Evaluation or None
+            Of the last step.
+
+        Raises
+        ------
+        StoppedError
+            On every rank, after the checkpoint, if one of them was asked to stop.
+        """
+        config, state = self._session.config, self._state
+        self._session.console.start(config.train.steps, state.step)
+        try:
+            for step in range(state.step + 1, config.train.steps + 1):
+                result = self._trainer.run(step, self._stop.is_set)
+                self._record(step, result)
+                is_last = step == config.train.steps
+                if is_last or _is_due(step, config.train.eval_every):
+                    self._evaluate()
+                if is_last or _is_due(step, config.checkpoint.every):
+                    self._save()
+                if result.stop and not is_last:
+                    self._end_early()
+        finally:
+            self._session.console.stop()
+        return self._evaluation
+
+    def _record(self, step: int, result: StepResult) -> None:
+        if self._metrics is None:
+            return
+        row = {
+            "step": step,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "tokens": step * self._state.tokens_per_step,
+            "step_s": result.step_s,
+            "tokens_per_s": self._state.tokens_per_step / result.step_s,
+            "mfu": self._peak_flops_per_step / result.step_s,
+            "bubble": result.bubble,
+        }
+        self._metrics.add(row)
+        self._session.console.step(row)
+
+    def _evaluate(self) -> None:
+        if self._evaluator is None:
+            return
+        evaluation = self._evaluation = self._evaluator.run()
+        if self._metrics is not None:
+            row = {"step": self._state.step, "val_loss": evaluation.val_loss, "bits_per_byte": evaluation.bits_per_byte}
+            self._metrics.add(row)
+        self._session.console.say(
+            f"step {self._state.step}: held-out loss {evaluation.val_loss:.4f} nats per token,"
+            f" {evaluation.bits_per_byte:.4f} bits per byte"
+        )
+
+    def _save(self) -> None:
+        session = self._session
+        start = time.perf_counter()
+        path = save(self._state, session.grid, session.waiter, session.directory.checkpoints, self._data)
+        self._saved_step = self._state.step
+        session.events.add("checkpoint", step=self._state.step, path=str(path), seconds=time.perf_counter() - start)
+        session.status(self._state.step, None)
+
+    def _end_early(self) -> None:
+        session, step = self._session, self._state.step
+        if session.config.checkpoint.on_signal and self._saved_step != step:
+            self._save()
+        cause = f"asked to stop ({self._stop.name or 'a signal on another rank'}) after step {step}"
+        session.events.add("stopped", step=step, exit_code=int(ExitCode.STOPPED), cause=cause)
+        error = StoppedError(f"{cause}; the last checkpoint is of step {self._saved_step}: run the same command again")
+        error.on_all_ranks = True
+        raise error
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

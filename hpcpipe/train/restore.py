@@ -1,0 +1,105 @@
+"""Starting again: the newest checkpoint that verifies, and why others were passed over."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from hpcpipe.checkpoint.layout import candidates, locate
+from hpcpipe.checkpoint.manifest import Manifest, load_manifest
+from hpcpipe.checkpoint.verify import verify_file
+from hpcpipe.errors import DamagedError, UsageError
+from hpcpipe.mpi.agree import together
+from hpcpipe.mpi.collectives import broadcast_bytes
+from hpcpipe.mpi.grid import Grid
+from hpcpipe.mpi.wait import Waiter
+from hpcpipe.train.load import check_model, load_state
+from hpcpipe.train.state import State
+
+Refused = Callable[[Path, str], None]
+
+
+def restore(
+    state: State, grid: Grid, waiter: Waiter, root: Path, resume: str, refused: Refused
+) -> tuple[Path, Manifest] | None:
+    """Fill the state from a checkpoint, or with starting values.
+
+    Parameters
+    ----------
+    state : State
+        Filled.
+    grid : Grid
+        All ranks take part: each verifies its share of the files.
+    waiter : Waiter
+        Waits, with its deadline.
+    root : Path
+        The run's ``checkpoints`` directory.
+    resume : str
+        ``auto``: the newest checkpoint below `root` that verifies, or a new start if there is none. ``never``: a new
+        start. Else the path of a checkpoint, or of a directory that holds some.
+    refused : callable
+        Told of every checkpoint that was passed over, and why.
+
+    Returns
+    -------
+    (Path, Manifest) or None
+        What was loaded; None for a new start.
+
+    Raises
+    ------
+    DamagedError
+        If there are checkpoints and none of them verifies, or the one that was asked for does not.
+    UsageError
+        If the checkpoint is of another model, or ``never`` would write over checkpoints.
+    """
+    paths = _choose(grid, waiter, root, resume)
+    problems = []
+    for path in paths:
+        manifest = None
+        try:
+            with together(grid.comm, waiter):
+                manifest = load_manifest(path)
+                for name in list(manifest.files)[grid.comm.rank :: grid.comm.size]:
+                    _require_sound(path, manifest, name)
+        except DamagedError as error:
+            problems.append(str(error))
+            refused(path, str(error))
+            continue
+        assert manifest is not None
+        with together(grid.comm, waiter):
+            check_model(state, path, manifest)
+        with together(grid.comm, waiter):
+            load_state(state, path, manifest)
+        return path, manifest
+    if problems:
+        raise _on_all(DamagedError(f"no checkpoint could be used: {'; '.join(problems)}"))
+    state.fill_initial()
+    return None
+
+
+def _choose(grid: Grid, waiter: Waiter, root: Path, resume: str) -> list[Path]:
+    """Return the checkpoints to try, as rank 0 sees them."""
+    paths: list[Path] = []
+    with together(grid.comm, waiter):
+        if grid.comm.rank == 0:
+            existing = candidates(root)
+            if resume == "never" and existing:
+                raise UsageError(
+                    f"--resume never: {root} holds {len(existing)} checkpoints, the newest {existing[0].name}, which a"
+                    " new start would mix with its own: choose another run.name, or remove the run directory"
+                )
+            if resume == "auto":
+                paths = existing
+            elif resume != "never":
+                paths = locate(Path(resume))
+    text = "\n".join(map(str, paths)).encode() if grid.comm.rank == 0 else None
+    return [Path(line) for line in broadcast_bytes(grid.comm, waiter, text, 0).decode().splitlines()]
+
+
+def _require_sound(path: Path, manifest: Manifest, name: str) -> None:
+    problems = verify_file(path, manifest, name)
+    if problems:
+        raise DamagedError("; ".join(problems))
+
+
+def _on_all(error: DamagedError) -> DamagedError:
+    error.on_all_ranks = True
+    return error

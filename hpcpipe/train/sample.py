@@ -1,0 +1,51 @@
+"""Text from a checkpoint, in one process."""
+
+from pathlib import Path
+from typing import Any
+
+from hpcpipe.checkpoint.layout import locate
+from hpcpipe.checkpoint.manifest import load_manifest
+from hpcpipe.checkpoint.verify import verify
+from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig
+from hpcpipe.data.tokenizer import tokenizer_named
+from hpcpipe.errors import DamagedError
+from hpcpipe.pipeline.executor import NoChannel
+from hpcpipe.schedule.build import build
+from hpcpipe.train.generate import Generator
+from hpcpipe.train.load import load_weights
+from hpcpipe.train.state import build_state
+
+
+def sample(path: Path, prompt: str, num_tokens: int, temperature: float, seed: int) -> str:
+    """Return a prompt and its continuation.
+
+    Parameters
+    ----------
+    path : Path
+        A checkpoint's directory, or one that holds some: then the newest that verifies.
+    prompt : str
+        What the text begins with; may be empty.
+    num_tokens : int
+        Tokens to write at most; the text also ends where the model ends the document.
+    temperature : float
+        Divides the logits; 0 takes the most likely token.
+    seed : int
+        Of the random choices.
+
+    Raises
+    ------
+    DamagedError
+        If there is no checkpoint that verifies.
+    """
+    sound = next((candidate for candidate in locate(path) if not verify(candidate)), None)
+    if sound is None:
+        raise DamagedError(f"{path} holds no checkpoint that verifies: `hpcpipe checkpoint verify {path}` says why")
+    manifest = load_manifest(sound)
+    header: dict[str, Any] = manifest.header
+    model = ModelConfig(**header["model"])
+    state = build_state(Config(model=model, parallel=ParallelConfig(pipeline=1)), 0)
+    load_weights(state, sound, manifest)
+    tokenizer = tokenizer_named(header["data"]["tokenizer"])
+    generator = Generator(state, build("forward", 1, 1), 0, NoChannel(), lambda token: token)
+    tokens = [int(token) for token in tokenizer.encode(prompt)]
+    return prompt + tokenizer.decode(generator.run(tokens, num_tokens, temperature, seed, end=tokenizer.separator))
