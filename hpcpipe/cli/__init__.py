@@ -1,0 +1,1 @@
+"""The commands, one file per verb; importing them is cheap, heavy imports stand inside the functions."""

@@ -1,0 +1,244 @@
+"""``hpcpipe launch``: start the ranks with mpirun, watch over them, and return the run's true exit code."""
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hpcpipe
+from hpcpipe.cli.parser import Parser, nearest
+from hpcpipe.cluster import launcher
+from hpcpipe.cluster.supervise import Outcome, Progress, new_launch_id, supervise
+from hpcpipe.errors import ExitCode, RankError, StoppedError, UsageError
+
+MPI_VERBS = ("train",)
+
+_MPIRUN_REFUSED = 213
+_DESCRIPTION = """\
+Start N ranks of a verb with Open MPI's mpirun and the options that this machine needs.
+
+Ctrl-C, SIGTERM or SIGUSR1 ask the run to write a checkpoint and stop (exit code 75); a third Ctrl-C, or
+SIGQUIT, kills every rank at once. The exit code is the one in the run's status.json, which is right also
+where mpirun's is not."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """What ``status.json`` says about this launch."""
+
+    state: str
+    exit_code: int | None
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the verb to the command's parser."""
+    parser = subparsers.add_parser("launch", help="start ranks with mpirun", description=_DESCRIPTION)
+    parser.add_argument("-n", dest="num_ranks", metavar="N", type=int, required=True, help="ranks to start")
+    parser.add_argument(
+        "--mpirun-arg",
+        dest="mpirun_args",
+        metavar="X",
+        action="append",
+        default=[],
+        help="one more argument of mpirun, as --mpirun-arg=--bind-to --mpirun-arg=none",
+    )
+    parser.add_argument("program", metavar="VERB", help=f"what the ranks run: {' or '.join(MPI_VERBS)}")
+    parser.add_argument("arguments", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the verb.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        ``num_ranks``, ``mpirun_args``, ``program``, ``arguments``.
+
+    Returns
+    -------
+    int
+        The exit code of the run.
+
+    Raises
+    ------
+    UsageError
+        Not a verb for ranks, no ranks, or no ``mpirun``.
+    RankError, StoppedError
+        See `launch`.
+    """
+    if args.num_ranks < 1:
+        raise UsageError(f"-n {args.num_ranks}: the number of ranks must be at least 1")
+    if args.program not in MPI_VERBS:
+        hint = nearest(args.program, MPI_VERBS) or f"verbs that run on ranks: {', '.join(MPI_VERBS)}"
+        raise UsageError(f"launch {args.program}: not a verb that runs on ranks; {hint}")
+    program = [*python_command(), "-m", "hpcpipe", args.program, *args.arguments]
+    if {"-h", "--help"} & set(args.arguments):
+        return subprocess.run(program, check=False).returncode
+    return launch(program, args.num_ranks, find_run_directory(args.arguments), args.mpirun_args)
+
+
+def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpirun_args: Sequence[str] = ()) -> int:
+    """Start a program on ranks and wait for its end.
+
+    Parameters
+    ----------
+    program : sequence of str
+        Command that every rank runs.
+    num_ranks : int
+        Ranks to start.
+    directory : Path or None
+        Where the run writes ``status.json``; None where that is unknown.
+    mpirun_args : sequence of str
+        The user's own options of ``mpirun``.
+
+    Returns
+    -------
+    int
+        The ``exit_code`` in ``status.json`` where this launch has written it; else ``mpirun``'s, which then is one
+        that the ranks have chosen and explained.
+
+    Raises
+    ------
+    UsageError
+        There is no ``mpirun``, or it refused its options.
+    RankError
+        The ranks ended without saying why.
+    StoppedError
+        A stop came before the run had begun, or the ranks were killed at once.
+    """
+    mpirun = launcher.find_mpirun()
+    launch_id = new_launch_id()
+    environ = launcher.rank_environment(launch_id, _terminal())
+    command = launcher.mpirun_command(mpirun, num_ranks, program, launcher.this_machine(), mpirun_args, environ)
+
+    def progress() -> Progress:
+        status = read_status(directory, launch_id)
+        if status is None:
+            return Progress.NOT_STARTED
+        return Progress.RUNNING if status.exit_code is None else Progress.FINAL
+
+    outcome = supervise(command, environ, progress)
+    return conclude(outcome, read_status(directory, launch_id))
+
+
+def conclude(outcome: Outcome, status: Status | None) -> int:
+    """Decide what a finished launch returns.
+
+    Parameters
+    ----------
+    outcome : Outcome
+        How ``mpirun`` ended.
+    status : Status or None
+        What the run wrote about itself during this launch.
+
+    Returns
+    -------
+    int
+        See `launch`.
+
+    Raises
+    ------
+    UsageError, RankError, StoppedError
+        See `launch`.
+    """
+    if status is not None and status.exit_code is not None:
+        if status.exit_code == ExitCode.DONE and outcome.failures:
+            print(f"hpcpipe: note: after the end of the run, {_story(outcome)}", file=sys.stderr)
+        return status.exit_code
+    if outcome.was_killed:
+        raise StoppedError(
+            "every rank was killed at once, as asked; run the same command again to go on from the newest checkpoint"
+        )
+    if outcome.code in set(ExitCode) - {ExitCode.DONE}:
+        return outcome.code
+    if status is None and outcome.was_asked_to_stop:
+        raise StoppedError("stopped before the first step; nothing was written")
+    if status is None and outcome.code == _MPIRUN_REFUSED:
+        raise UsageError("mpirun could not start the ranks, for the reason above; check -n and --mpirun-arg")
+    raise RankError(
+        f"{_story(outcome)} before the run was done; run the same command again to go on from the newest checkpoint"
+    )
+
+
+def read_status(directory: Path | None, launch_id: str) -> Status | None:
+    """Read ``status.json``, where this launch has written it.
+
+    Parameters
+    ----------
+    directory : Path or None
+        The run directory.
+    launch_id : str
+        Name of this launch.
+
+    Returns
+    -------
+    Status or None
+        None where there is no such file, or another launch's.
+    """
+    if directory is None:
+        return None
+    try:
+        status = json.loads((directory / "status.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(status, dict) or status.get("launch_id") != launch_id:
+        return None
+    exit_code = status.get("exit_code")
+    return Status(str(status.get("state")), exit_code if isinstance(exit_code, int) else None)
+
+
+def find_run_directory(arguments: Sequence[str]) -> Path | None:
+    """Find the run directory that the arguments of ``train`` lead to.
+
+    Parameters
+    ----------
+    arguments : sequence of str
+        CONFIG and options.
+
+    Returns
+    -------
+    Path or None
+        None where the arguments or the configuration are wrong: the run will say so.
+    """
+    from hpcpipe.config.load import run_directory
+
+    parser = Parser(add_help=False)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--resume")
+    with contextlib.suppress(UsageError):
+        known = parser.parse_args(list(arguments))
+        return run_directory(known.config, known.set)
+    return None
+
+
+def python_command() -> list[str]:
+    """Return the interpreter that finds the same package as this process, whatever the folder it starts in."""
+    package_parent = Path(hpcpipe.__file__).resolve().parent.parent
+    # -m puts the current folder first on the path, where a user's random.py would hide the library's.
+    return [sys.executable] if package_parent == Path.cwd() else [sys.executable, "-P"]
+
+
+def _terminal() -> tuple[int, int] | None:
+    """Return the size of the terminal on standard output."""
+    try:
+        size = os.get_terminal_size(sys.stdout.fileno())
+    except (OSError, ValueError):
+        return None
+    return size.columns, size.lines
+
+
+def _story(outcome: Outcome) -> str:
+    """Say in a clause how the ranks ended."""
+    if outcome.failures:
+        return f"rank {outcome.failures[0].rank} {outcome.failures[0].sentence}"
+    if outcome.code < 0:
+        return f"mpirun was ended by signal {-outcome.code}"
+    return f"mpirun ended with code {outcome.code}"

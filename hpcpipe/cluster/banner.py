@@ -1,0 +1,117 @@
+"""What ``mpirun`` prints about ranks that failed, turned from its standard error into facts.
+
+When a rank ends badly, ``mpirun`` prints a block between two lines of dashes. The run itself has mostly said by
+then what went wrong, and the block hides it. Everything else passes unchanged, in order.
+"""
+
+import re
+from dataclasses import dataclass
+
+_RULE = b"-" * 74 + b"\n"
+_BLOCKS = (
+    rb"\S+ detected that one or more processes exited with non-zero status,\n"
+    rb"thus causing the job to be terminated\. The first process to do so was:\n\n"
+    rb"   Process name: [^\n]*?(?P<exit_rank>\d+)\]\n   Exit code:    (?P<exit_code>\d+)\n",
+    rb"\S+ noticed that process rank (?P<signal_rank>\d+) with PID \d+ on node (?P<signal_node>\S+) exited on\n"
+    rb"signal (?P<signal>\d+[^\n]*?)\.\n",
+    rb"MPI_ABORT was invoked on rank (?P<abort_rank>\d+) in communicator [^\n]*\n(?:  [^\n]*\n)*\n"
+    rb"NOTE: invoking MPI_ABORT causes Open MPI to kill all MPI processes\.\n"
+    rb"You may or may not see output from other processes, depending on\n"
+    rb"exactly when Open MPI kills them\.\n",
+    rb"\S+ has exited due to process rank (?P<caller_rank>\d+) with PID \d+ on node (?P<caller_node>\S+) calling\n"
+    rb'"abort"\. This may have caused other processes in the application to be\n'
+    rb"terminated by signals sent by \S+ \(as reported here\)\.\n",
+)
+_BANNER = re.compile(_RULE + b"(?:" + b"|".join(_BLOCKS) + b")" + _RULE + rb"\x00?")
+_FIRST_WORDS = re.compile(
+    rb"\S* (?:detected that one or more processes|noticed that process rank|has exited due to process rank)"
+)
+_LONGEST = 1024
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rank that ended badly, as ``mpirun`` saw it; the sentence reads on from "rank 3"."""
+
+    rank: int
+    sentence: str
+
+
+class BannerFilter:
+    """A stream filter that takes out ``mpirun``'s blocks about failed ranks.
+
+    Text that cannot belong to a block leaves at once, also unfinished lines. Text that may become one is held
+    until it is complete, or until `release`.
+
+    Attributes
+    ----------
+    failures : list of Failure
+        What the blocks said, in order.
+    """
+
+    def __init__(self) -> None:
+        self.failures: list[Failure] = []
+        self._held = b""
+
+    @property
+    def is_holding(self) -> bool:
+        """Whether text is held that `release` would return."""
+        return bool(self._held)
+
+    def feed(self, chunk: bytes) -> bytes:
+        """Take what was read and return what may be shown now.
+
+        Parameters
+        ----------
+        chunk : bytes
+            The next part of the stream, cut anywhere.
+
+        Returns
+        -------
+        bytes
+            Text to show, in order.
+        """
+        text, self._held = self._held + chunk, b""
+        shown = []
+        while match := _BANNER.search(text):
+            shown.append(text[: match.start()])
+            self.failures.append(_failure(match))
+            text = text[match.end() :]
+        start = _possible_start(text)
+        self._held = text[start:]
+        return b"".join([*shown, text[:start]])
+
+    def release(self) -> bytes:
+        """Return the held text: the stream ended, or nothing followed for a while."""
+        held, self._held = self._held, b""
+        return held
+
+
+def _failure(match: re.Match[bytes]) -> Failure:
+    """Turn a block into a fact."""
+    found = {name: value.decode(errors="replace") for name, value in match.groupdict().items() if value}
+    if "signal" in found:
+        sentence = f"on {found['signal_node']} was ended by signal {found['signal']}"
+        return Failure(int(found["signal_rank"]), sentence)
+    if "exit_code" in found:
+        return Failure(int(found["exit_rank"]), f"ended with exit code {found['exit_code']}")
+    return Failure(int(found.get("abort_rank") or found["caller_rank"]), "called MPI_Abort")
+
+
+def _possible_start(text: bytes) -> int:
+    """Return where a block may have begun; the length of the text where none has."""
+    start = text.find(_RULE, max(0, len(text) - _LONGEST))
+    while start >= 0:
+        if _may_be_block(text[start + len(_RULE) :]):
+            return start
+        start = text.find(_RULE, start + 1)
+    num_dashes = len(text) - len(text.rstrip(b"-"))
+    return len(text) - min(num_dashes, len(_RULE) - 1)
+
+
+def _may_be_block(text: bytes) -> bool:
+    """Tell whether what follows a line of dashes is, so far, the first line of a block."""
+    line, is_whole, _ = text.partition(b"\n")
+    if line.startswith(b"MPI_ABORT was invoked on rank") or _FIRST_WORDS.match(line):
+        return True
+    return not is_whole and len(line) < 80

