@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -33,11 +34,32 @@ def cpu_name() -> str:
     return str(_settings.CPU_NAME or _llvm.get_host_cpu_name())
 
 
+def compiler_version() -> str:
+    """Return the version of numba."""
+    return str(numba.__version__)
+
+
+def compiled_directory(compiled: Any) -> Path | None:
+    """Return the directory of a kernel's files, which numba names after the place of its source.
+
+    Parameters
+    ----------
+    compiled : callable
+        A function decorated with ``kernel``.
+
+    Returns
+    -------
+    Path or None
+        None where numba is told not to compile (``NUMBA_DISABLE_JIT``).
+    """
+    return None if _settings.DISABLE_JIT else Path(compiled.stats.cache_path)
+
+
 def _digest() -> str:
     """Hash what compiled code depends on: the sources of this room, the processor, the compiler."""
     features = _settings.CPU_FEATURES or _llvm.get_host_cpu_features().flatten()
     digest = hashlib.sha256()
-    for part in (cpu_name(), features, numba.__version__, llvmlite.__version__):
+    for part in (sys.version, cpu_name(), features, numba.__version__, llvmlite.__version__):
         digest.update(f"{part}\n".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(f"{source.name}\n".encode())
@@ -82,28 +104,24 @@ def find_cache_directory() -> Path:
     Path
         A directory that exists and can be written.
     """
-    name = Path("hpcpipe") / f"kernels-{_digest()}"
-    for variable in ("NUMBA_CACHE_DIR", "HPCPIPE_CACHE_DIR", "XDG_CACHE_HOME"):
-        if os.environ.get(variable):
-            directory = Path(os.environ[variable]).absolute() / name
-            break
-    else:
-        # Not Path.home(), which raises where a container has no entry for the user.
-        directory = Path("~/.cache").expanduser() / name if _has_home() else Path("/nonexistent")
-    if _is_writable(directory):
-        return directory
-    directory = _private_temporary_directory() / name.name
-    directory.mkdir(parents=True, exist_ok=True)
+    name = f"kernels-{_digest()}"
+    base = _user_cache()
+    if base is not None and _is_writable(base / "hpcpipe" / name):
+        return base / "hpcpipe" / name
+    directory = _private_temporary_directory() / name
+    directory.mkdir(exist_ok=True)
     return directory
 
 
-def _has_home() -> bool:
-    """Tell whether the user's home directory is known."""
+def _user_cache() -> Path | None:
+    """Return where the user keeps caches, if that is known: a container may have a user without a home."""
+    for variable in ("NUMBA_CACHE_DIR", "HPCPIPE_CACHE_DIR", "XDG_CACHE_HOME"):
+        if os.environ.get(variable):
+            return Path(os.environ[variable]).absolute()
     try:
-        Path.home()
+        return Path.home() / ".cache"
     except RuntimeError:
-        return False
-    return True
+        return None
 
 
 CACHE_DIRECTORY = find_cache_directory()

@@ -1,0 +1,190 @@
+"""Compile every kernel before the first step, so that no step waits for the compiler."""
+
+import importlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpcpipe.errors import DiskError
+from hpcpipe.kernels import activation, adamw, attention, embedding, gemm, jit, loss, norm, reduce
+
+Case = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def cases(dtype: npt.DTypeLike = np.float32) -> list[Case]:
+    """List every kernel with tiny arguments of the types that training calls it with.
+
+    Parameters
+    ----------
+    dtype : dtype
+        Type of the float arrays.
+
+    Returns
+    -------
+    list of (kernel, arguments)
+        In the order of a training step. Each call gets buffers of its own.
+    """
+    batch, context, heads, width, vocab = 1, 2, 1, 2, 3
+    rows = batch * context
+
+    def floats(*shape: int) -> Any:
+        return np.zeros(shape, dtype)
+
+    tokens = np.zeros((batch, context), np.int32)
+    targets = tokens.reshape(rows)
+    x, vector, column, logits, qkv = (rows, width), width, rows, (rows, vocab), (rows, 3 * width)
+    square, lse = (width, width), (batch, heads, context)
+    scratch = attention.attention_scratch(context, width, heads)
+    return [
+        (embedding.embedding_forward, (tokens, floats(vocab, width), floats(*x), floats(*x))),
+        (
+            norm.layernorm_forward,
+            (floats(*x), floats(vector), floats(vector), floats(*x), floats(column), floats(column)),
+        ),
+        (gemm.matmul_bias, (floats(*x), floats(*square), floats(vector), floats(*x))),
+        (
+            attention.attention_forward,
+            (floats(*qkv), batch, heads, floats(*x), floats(*lse), floats(scratch)),
+        ),
+        (activation.gelu_forward, (floats(*x), floats(*x))),
+        (gemm.matmul, (floats(*x), floats(*square), floats(*x))),
+        (gemm.matmul_nt, (floats(*x), floats(*square), floats(*x))),
+        (loss.cross_entropy_forward, (floats(*logits), targets, floats(column), floats(column))),
+        (
+            loss.cross_entropy_backward,
+            (floats(*logits), targets, floats(column), floats(column), floats(*logits)),
+        ),
+        (gemm.matmul_tn, (floats(*x), floats(*x), floats(*square))),
+        (reduce.bias_gradient, (floats(*x), floats(vector), floats(vector))),
+        (activation.gelu_backward, (floats(*x), floats(*x), floats(*x))),
+        (
+            attention.attention_backward,
+            (
+                *(floats(*x), floats(*qkv), floats(*x), floats(*lse)),
+                *(batch, heads, floats(*qkv), floats(scratch)),
+            ),
+        ),
+        (
+            norm.layernorm_backward_input,
+            (floats(*x), floats(*x), floats(vector), floats(column), floats(column), floats(*x)),
+        ),
+        (
+            norm.layernorm_backward_weight,
+            (
+                *(floats(*x), floats(*x), floats(column), floats(column)),
+                *(floats(vector), floats(vector), floats(2, vector)),
+            ),
+        ),
+        (embedding.embedding_backward_weight, (tokens, floats(*x), floats(vocab, width), floats(*x))),
+        (reduce.add_into, (floats(vector), floats(vector))),
+        (reduce.sum_of_squares, (floats(vector),)),
+        (
+            adamw.adamw_update,
+            (*(floats(vector) for _ in range(4)), 1.0, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.1, 0.05),
+        ),
+    ]
+
+
+def compile_all(report: Callable[[str, int, int], None] | None = None, dtype: npt.DTypeLike = np.float32) -> None:
+    """Load every kernel from disk, or compile it and keep it there.
+
+    Parameters
+    ----------
+    report : callable, optional
+        Called before each kernel with its name, its number from 1, and how many there are.
+    dtype : dtype
+        Type of the float arrays.
+
+    Raises
+    ------
+    DiskError
+        If compiled code cannot be read from or written to its directory.
+    """
+    todo = cases(dtype)
+    for index, (function, arguments) in enumerate(todo, start=1):
+        if report is not None:
+            report(function.__name__, index, len(todo))
+        with _disk_errors():
+            function(*arguments)
+    with _disk_errors():
+        if not is_compiled(dtype):
+            _write_marker(dtype)
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """Say in which directory reading or writing compiled code failed, and what helps."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(
+            f"{jit.CACHE_DIRECTORY}: compiled kernels cannot be kept here ({error.strerror or error}): "
+            "free some space, or set HPCPIPE_CACHE_DIR to a directory that can be written"
+        ) from error
+
+
+def is_compiled(dtype: npt.DTypeLike = np.float32) -> bool:
+    """Tell whether the directory of compiled code holds every kernel for this processor and this compiler.
+
+    Parameters
+    ----------
+    dtype : dtype
+        Type of the float arrays.
+
+    Returns
+    -------
+    bool
+        True if ``compile_all`` has nothing to compile.
+    """
+    marker = _marker(dtype)
+    if marker is None:
+        return True
+    try:
+        names = json.loads(marker.read_text())
+        return all((marker.parent / name).is_file() for name in names)
+    except (OSError, ValueError):
+        return False
+
+
+def describe() -> str:
+    """Say in one line what the kernels were compiled for and which BLAS multiplies matrices."""
+    threads = os.environ.get("OPENBLAS_NUM_THREADS", "1")
+    return (
+        f"float32 kernels for {jit.cpu_name()}, matrix products by {_blas()} on {threads} "
+        f"thread{'' if threads == '1' else 's'}, numba {jit.compiler_version()}"
+    )
+
+
+def _blas() -> str:
+    """Name the BLAS that scipy was built with, which is the one that numba calls."""
+    scipy: Any = importlib.import_module("scipy")
+
+    try:
+        blas = scipy.show_config(mode="dicts")["Build Dependencies"]["blas"]
+        return f"{blas['name']} {blas['version']}"
+    except (KeyError, TypeError):
+        return "scipy's BLAS"
+
+
+def _marker(dtype: npt.DTypeLike) -> Path | None:
+    """Name the file that says that all kernels are there; none if numba is told not to compile."""
+    directory = jit.compiled_directory(gemm.matmul)
+    return None if directory is None else directory / f"complete-{np.dtype(dtype)}.json"
+
+
+def _write_marker(dtype: npt.DTypeLike) -> None:
+    """List the files of compiled code in the marker, which appears whole or not at all."""
+    marker = _marker(dtype)
+    if marker is None:
+        return
+    names = sorted(path.name for pattern in ("*.nbi", "*.nbc") for path in marker.parent.glob(pattern))
+    partial = marker.with_name(f"{marker.name}.{uuid.uuid4().hex}")
+    partial.write_text(json.dumps(names))
+    partial.replace(marker)
