@@ -117,15 +117,11 @@ class Block:
         layernorm_forward(x, weights["norm1/weight"], weights["norm1/bias"], s["normed1"], s["mean1"], s["rstd1"])
         matmul_bias(s["normed1"], weights["attention/qkv/weight"], weights["attention/qkv/bias"], s["qkv"])
         poll()
-        attention_forward(
-            s["qkv"], batch, self._model.heads, s["attended"], s["lse"], buffers.scratch["attention"]
-        )
+        attention_forward(s["qkv"], batch, self._model.heads, s["attended"], s["lse"], buffers.scratch["attention"])
         poll()
         matmul_bias(s["attended"], weights["attention/output/weight"], weights["attention/output/bias"], middle)
         add_into(middle.reshape(-1), x.reshape(-1))
-        layernorm_forward(
-            middle, weights["norm2/weight"], weights["norm2/bias"], s["normed2"], s["mean2"], s["rstd2"]
-        )
+        layernorm_forward(middle, weights["norm2/weight"], weights["norm2/bias"], s["normed2"], s["mean2"], s["rstd2"])
         matmul_bias(s["normed2"], weights["mlp/up/weight"], weights["mlp/up/bias"], s["hidden"])
         poll()
         gelu_forward(s["hidden"], s["activated"])
@@ -149,7 +145,13 @@ class Block:
         d_attended = buffers.scratch["d_attended"]
         matmul_nt(d, weights["attention/output/weight"], d_attended)
         attention_backward(
-            d_attended, s["qkv"], s["attended"], s["lse"], batch, self._model.heads, up["d_qkv"],
+            d_attended,
+            s["qkv"],
+            s["attended"],
+            s["lse"],
+            batch,
+            self._model.heads,
+            up["d_qkv"],
             buffers.scratch["attention"],
         )
         poll()
@@ -167,14 +169,24 @@ class Block:
         add_linear_gradients(s["normed2"], up["d_hidden"], gradients, "mlp/up", scratch)
         poll()
         layernorm_backward_weight(
-            up["d_normed2"], s["middle"], s["mean2"], s["rstd2"], gradients["norm2/weight"], gradients["norm2/bias"],
+            up["d_normed2"],
+            s["middle"],
+            s["mean2"],
+            s["rstd2"],
+            gradients["norm2/weight"],
+            gradients["norm2/bias"],
             scratch["norm"],
         )
         add_linear_gradients(s["attended"], up["d_middle"], gradients, "attention/output", scratch)
         poll()
         add_linear_gradients(s["normed1"], up["d_qkv"], gradients, "attention/qkv", scratch)
         layernorm_backward_weight(
-            up["d_normed1"], x, s["mean1"], s["rstd1"], gradients["norm1/weight"], gradients["norm1/bias"],
+            up["d_normed1"],
+            x,
+            s["mean1"],
+            s["rstd1"],
+            gradients["norm1/weight"],
+            gradients["norm1/bias"],
             scratch["norm"],
         )
         poll()

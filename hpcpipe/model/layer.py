@@ -56,9 +56,9 @@ class Buffers:
 class Layer(Protocol):
     """A layer computes on buffers that its stage owns, and keeps nothing between calls.
 
-    `x` and `out` are residual streams of shape (batch * context, width). `weights` and `gradients` map the layer's local
-    tensor names (the global name without `prefix`) to arrays; gradients are added to. `poll` is called between kernels,
-    so that messages move while a stage computes.
+    `x` and `out` are residual streams of shape (batch * context, width). `weights` and `gradients` map the layer's
+    local tensor names (the global name without `prefix`) to arrays; gradients are added to. `poll` is called between
+    kernels, so that messages move while a stage computes.
     """
 
     @property

@@ -30,16 +30,14 @@ def partition(layers: Sequence[Layer], num_stages: int, blocks_per_stage: Sequen
         blocks_per_stage = balance(costs, num_stages)
     ends = [sum(blocks_per_stage[: stage + 1]) for stage in range(num_stages)]
     starts = [0, *ends[:-1]]
-    return [
-        range(start + (start > 0), end + 1 + (end == num_blocks)) for start, end in zip(starts, ends, strict=True)
-    ]
+    return [range(start + (start > 0), end + 1 + (end == num_blocks)) for start, end in zip(starts, ends, strict=True)]
 
 
 def balance(costs: Sequence[float], num_stages: int) -> list[int]:
     """Cut a list of costs into contiguous parts, at least one item each, so that the largest sum is smallest.
 
-    Exact, by dynamic programming over the position of the last cut. Among equals the earlier stages are the longer ones:
-    they wait longest for the first backward.
+    Exact, by dynamic programming over the position of the last cut. Among equals the earlier stages are the longer
+    ones: they wait longest for the first backward.
 
     Parameters
     ----------
@@ -60,9 +58,7 @@ def balance(costs: Sequence[float], num_stages: int) -> list[int]:
     for stage in range(1, num_stages):
         row = [(float("inf"), 0)] * len(total)
         for end in range(stage + 1, len(total)):
-            row[end] = min(
-                (max(best[-1][cut][0], total[end] - total[cut]), -cut) for cut in range(stage, end)
-            )
+            row[end] = min((max(best[-1][cut][0], total[end] - total[cut]), -cut) for cut in range(stage, end))
         best.append(row)
     counts, end = [], len(costs)
     for row in reversed(best):

@@ -1,6 +1,7 @@
 """The grid of ranks: pipeline stages times data replicas. Only this room knows how ranks are numbered."""
 
 from dataclasses import dataclass
+from typing import cast
 
 from mpi4py import MPI
 
@@ -47,6 +48,6 @@ def make_grid(comm: MPI.Intracomm, pipeline: int, data: int) -> Grid:
     The ranks of a pipeline are neighbours, since they talk in every action and replicas only once a step.
     """
     replica, stage_rank = divmod(comm.rank, pipeline)
-    pipeline_comm = comm.Split(color=replica, key=stage_rank)
-    data_comm = comm.Split(color=stage_rank, key=replica)
+    pipeline_comm = cast(MPI.Intracomm, comm.Split(color=replica, key=stage_rank))
+    data_comm = cast(MPI.Intracomm, comm.Split(color=stage_rank, key=replica))
     return Grid(comm, pipeline, data, stage_rank, replica, pipeline_comm, data_comm)

@@ -87,13 +87,15 @@ class Messages:
             )
 
     def post_receive(self, action: Action, buffer: np.ndarray) -> None:
-        """Post the receive of ``RECV_F`` or ``RECV_B`` into the caller's buffer, which stays MPI's until it is waited for."""
+        """Post the receive of ``RECV_F`` or ``RECV_B`` into the caller's buffer, MPI's until it is waited for."""
         self._delay()
         source = self._schedule.stage_to_rank[action.stage + (-1 if action.kind is Kind.RECV_F else 1)]
-        self._receives[action] = self._comm.Irecv(buffer, source, self._tag(action.kind, action.stage, action.microbatch))
+        self._receives[action] = self._comm.Irecv(
+            buffer, source, self._tag(action.kind, action.stage, action.microbatch)
+        )
 
     def start_send(self, action: Action, buffer: np.ndarray) -> None:
-        """Start the send of ``SEND_F`` or ``SEND_B`` from the caller's buffer, which must stay as it is until `sent`."""
+        """Start the send of ``SEND_F`` or ``SEND_B`` from the caller's buffer, to be left alone until `sent`."""
         self._delay()
         receiver = action.stage + (1 if action.kind is Kind.SEND_F else -1)
         send = self._comm.Issend if self._mode.synchronous else self._comm.Isend

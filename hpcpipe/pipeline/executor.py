@@ -128,9 +128,7 @@ class Executor:
         self._stashes = {index: Pool(held.new_stash, counts.stashes) for index, held in stages.items()}
         self._upstreams = {index: Pool(held.new_upstream, counts.upstreams) for index, held in stages.items()}
         has_whole_backward = any(action.kind is Kind.B for action in self._actions)
-        self._shared = {
-            index: held.new_shared_upstream() for index, held in stages.items() if has_whole_backward
-        }
+        self._shared = {index: held.new_shared_upstream() for index, held in stages.items() if has_whole_backward}
         self._x: dict[Key, np.ndarray] = {}
         self._out: dict[Key, np.ndarray] = {}
         self._d: dict[Key, np.ndarray] = {}
@@ -179,7 +177,12 @@ class Executor:
     def _backward(self, action: Action) -> None:
         key, d, microbatch = self._enter_backward(action)
         self._stages[action.stage].backward(
-            microbatch, self._x[key], d, self._stash[key], self._shared[action.stage], self._work.gradients(*key),
+            microbatch,
+            self._x[key],
+            d,
+            self._stash[key],
+            self._shared[action.stage],
+            self._work.gradients(*key),
             self._channel.poll,
         )
         self._leave_backward(key, d)

@@ -83,9 +83,7 @@ class Stage:
             shared.append({name: flat[name][: _size(shape)].reshape(shape) for name, shape in shapes.items()})
         return shared
 
-    def forward(
-        self, microbatch: Microbatch, x: np.ndarray, out: np.ndarray, stash: Stash, poll: Poll
-    ) -> None:
+    def forward(self, microbatch: Microbatch, x: np.ndarray, out: np.ndarray, stash: Stash, poll: Poll) -> None:
         """Run all layers; `x` is not read by a stage with the embedding, `out` not written by one with the head."""
         streams = [x, *stash.streams, out]
         for index, layer in enumerate(self.layers):
@@ -130,7 +128,13 @@ class Stage:
             self._weight_half(index, microbatch, x, stash, upstream, gradients, poll)
 
     def _input_half(
-        self, index: int, microbatch: Microbatch, x: np.ndarray, d: np.ndarray, stash: Stash, upstream: list[Arrays],
+        self,
+        index: int,
+        microbatch: Microbatch,
+        x: np.ndarray,
+        d: np.ndarray,
+        stash: Stash,
+        upstream: list[Arrays],
         poll: Poll,
     ) -> None:
         if self.recompute:
@@ -140,8 +144,14 @@ class Stage:
         self.layers[index].backward_input(self._weights[index], microbatch, x, d, buffers, poll)
 
     def _weight_half(
-        self, index: int, microbatch: Microbatch, x: np.ndarray, stash: Stash, upstream: list[Arrays],
-        gradients: Sequence[Arrays], poll: Poll,
+        self,
+        index: int,
+        microbatch: Microbatch,
+        x: np.ndarray,
+        stash: Stash,
+        upstream: list[Arrays],
+        gradients: Sequence[Arrays],
+        poll: Poll,
     ) -> None:
         buffers = Buffers(stash.layers[index], upstream[index], self._scratch)
         x = stash.streams[index - 1] if index else x

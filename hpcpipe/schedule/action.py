@@ -10,8 +10,8 @@ from hpcpipe.errors import UsageError
 class Kind(StrEnum):
     """What an action does.
 
-    ``F`` forward, ``B`` whole backward, ``I`` gradient of the input, ``W`` gradient of the weights. ``RECV_F`` posts the
-    receive of a stage's input and ``SEND_F`` starts the send of its output; ``RECV_B`` and ``SEND_B`` do the same
+    ``F`` forward, ``B`` whole backward, ``I`` gradient of the input, ``W`` gradient of the weights. ``RECV_F`` posts
+    the receive of a stage's input and ``SEND_F`` starts the send of its output; ``RECV_B`` and ``SEND_B`` do the same
     for the gradient that enters a stage from behind and the one that leaves it in front.
     """
 
@@ -52,9 +52,7 @@ class Action:
         """
         match = _PATTERN.fullmatch(text.strip())
         if match is None or match[1] not in Kind.__members__:
-            raise UsageError(
-                f"'{text}' is not an action: write kind, stage, microbatch, such as F2.0 or SEND_B1.3"
-            )
+            raise UsageError(f"'{text}' is not an action: write kind, stage, microbatch, such as F2.0 or SEND_B1.3")
         return cls(Kind(match[1]), int(match[2]), int(match[3]))
 
 
@@ -92,9 +90,7 @@ class Schedule:
     @property
     def is_forward_only(self) -> bool:
         """Whether the schedule has no backward, as evaluation and generation."""
-        return all(
-            action.kind not in (Kind.B, Kind.I, Kind.W) for actions in self.actions for action in actions
-        )
+        return all(action.kind not in (Kind.B, Kind.I, Kind.W) for actions in self.actions for action in actions)
 
     def stages_of(self, rank: int) -> list[int]:
         """Return the stages that a rank holds, in ascending order."""

@@ -76,7 +76,4 @@ def count_buffers(schedule: Schedule, rank: int) -> BufferCounts:
 def peak_stash(schedule: Schedule) -> list[float]:
     """Return each rank's peak stash in activations of one microbatch through all layers of that rank."""
     stages_per_rank = [len(schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
-    return [
-        count_buffers(schedule, rank).stashes / max(1, stages_per_rank[rank])
-        for rank in range(schedule.num_ranks)
-    ]
+    return [count_buffers(schedule, rank).stashes / max(1, stages_per_rank[rank]) for rank in range(schedule.num_ranks)]

@@ -40,9 +40,7 @@ def build(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
     if name not in GENERATORS:
         raise UsageError(f"there is no schedule '{name}': choose one of {', '.join(GENERATORS)}")
     if num_ranks < 1 or num_microbatches < 1:
-        raise UsageError(
-            f"a schedule needs at least 1 rank and 1 microbatch, not {num_ranks} and {num_microbatches}"
-        )
+        raise UsageError(f"a schedule needs at least 1 rank and 1 microbatch, not {num_ranks} and {num_microbatches}")
     program = lower(GENERATORS[name](num_ranks, num_microbatches))
     check(program)
     return program

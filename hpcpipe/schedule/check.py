@@ -47,9 +47,7 @@ def _check_places(schedule: Schedule) -> None:
             if not 0 <= action.stage < schedule.num_stages:
                 raise _fail(schedule, rank, position, f"there are only {schedule.num_stages} stages")
             if not 0 <= action.microbatch < schedule.num_microbatches:
-                raise _fail(
-                    schedule, rank, position, f"there are only {schedule.num_microbatches} microbatches"
-                )
+                raise _fail(schedule, rank, position, f"there are only {schedule.num_microbatches} microbatches")
             holder = schedule.stage_to_rank[action.stage]
             if holder != rank:
                 raise _fail(schedule, rank, position, f"stage {action.stage} belongs to rank {holder}")
@@ -87,9 +85,7 @@ def _check_order(schedule: Schedule, rank: int) -> None:
             raise _fail(schedule, rank, position, f"B{stage}.{k} or I{stage}.{k} must come first")
         if kind in (Kind.B, Kind.W):
             if k != last_weight.get(stage, -1) + 1:
-                raise _fail(
-                    schedule, rank, position, "weight gradients must accumulate in ascending microbatch order"
-                )
+                raise _fail(schedule, rank, position, "weight gradients must accumulate in ascending microbatch order")
             last_weight[stage] = k
         done.add(action)
 

@@ -13,7 +13,5 @@ def forward(num_ranks: int, num_microbatches: int) -> Schedule:
     num_microbatches : int
         Microbatches that flow through, at least 1.
     """
-    actions = tuple(
-        tuple(Action(Kind.F, rank, k) for k in range(num_microbatches)) for rank in range(num_ranks)
-    )
+    actions = tuple(tuple(Action(Kind.F, rank, k) for k in range(num_microbatches)) for rank in range(num_ranks))
     return Schedule("forward", num_microbatches, tuple(range(num_ranks)), actions)

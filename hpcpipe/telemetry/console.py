@@ -25,7 +25,10 @@ class Console:
             mode = "terminal" if shows else "lines"
         self._mode = mode
         self._rich = RichConsole(
-            file=sys.stdout, force_terminal=True if mode == "terminal" else None, width=size[0] if size else None, highlight=False
+            file=sys.stdout,
+            force_terminal=True if mode == "terminal" else None,
+            width=size[0] if size else None,
+            highlight=False,
         )
         self._progress: Progress | None = None
 
@@ -45,9 +48,13 @@ class Console:
         if self._mode != "terminal":
             return
         self._progress = Progress(
-            TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=None),
-            TextColumn("{task.fields[numbers]}"), TimeRemainingColumn(),
-            console=self._rich, refresh_per_second=5,
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self._rich,
+            refresh_per_second=5,
         )
         self._task = self._progress.add_task("steps", total=steps, completed=done, numbers="")
         self._progress.start()

@@ -26,7 +26,9 @@ def write_whole(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise DiskError(f"{path} could not be written ({error.strerror}): free space or choose another run.dir") from error
+        raise DiskError(
+            f"{path} could not be written ({error.strerror}): free space or choose another run.dir"
+        ) from error
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
@@ -43,7 +45,9 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
     except OSError as error:
-        raise DiskError(f"{path} could not be written ({error.strerror}): free space or choose another run.dir") from error
+        raise DiskError(
+            f"{path} could not be written ({error.strerror}): free space or choose another run.dir"
+        ) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,8 @@ def show_compression(session: Session, held_out: HeldOut, evaluation: Evaluation
     others = baseline(raw)
     session.console.say(f"held-out loss: {evaluation.val_loss:.4f} nats per token over {len(raw):,} bytes of text")
     session.console.say(
-        f"bits per byte: hpcpipe {evaluation.bits_per_byte:.3f}   gzip -9 {others['gzip']:.3f}   xz -9 {others['xz']:.3f}"
+        f"bits per byte: hpcpipe {evaluation.bits_per_byte:.3f}   gzip -9 {others['gzip']:.3f}"
+        f"   xz -9 {others['xz']:.3f}"
     )
     session.events.add(
         "evaluated",

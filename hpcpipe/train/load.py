@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from hpcpipe.checkpoint.compare import compare
-from hpcpipe.checkpoint.manifest import Manifest
 from hpcpipe.checkpoint.read import Reader
+from hpcpipe.checkpoint.table import Manifest
 from hpcpipe.config.dump import to_dict
 from hpcpipe.errors import UsageError
 from hpcpipe.train.state import WEIGHT, State

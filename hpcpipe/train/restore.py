@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hpcpipe.checkpoint.layout import candidates, locate
-from hpcpipe.checkpoint.manifest import Manifest, load_manifest
+from hpcpipe.checkpoint.manifest import load_manifest
+from hpcpipe.checkpoint.table import Manifest
 from hpcpipe.checkpoint.verify import verify_file
 from hpcpipe.errors import DamagedError, UsageError
 from hpcpipe.mpi.agree import together

@@ -177,8 +177,10 @@ def _open_tokens(session: Session) -> TokenFile:
     with together(comm, session.waiter):
         if comm.rank == 0 and not data.file:
             ensure_prepared(data.source, path, session.console.say)
+    tokens = None
     with together(comm, session.waiter):
         tokens = TokenFile(path)
+    assert tokens is not None
     return tokens
 
 
@@ -191,8 +193,8 @@ def _introduce(session: Session, state: State, tokens: TokenFile) -> None:
         f" schedule {parallel.schedule}, {parallel.microbatches} microbatches of {parallel.microbatch_size} samples"
     )
     say(
-        f"model: {model.kind}, {model.layers} layers, width {model.width}, {model.heads} heads, context {model.context},"
-        f" {count_parameters(state.model):,} parameters"
+        f"model: {model.kind}, {model.layers} layers, width {model.width}, {model.heads} heads,"
+        f" context {model.context}, {count_parameters(state.model):,} parameters"
     )
     say(f"data: {tokens.path}, {tokens.num_tokens:,} tokens in {tokens.num_documents:,} documents of {tokens.source}")
     say(f"kernels: {warm.describe()}")

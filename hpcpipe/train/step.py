@@ -70,9 +70,7 @@ class Trainer:
         How messages are sent.
     """
 
-    def __init__(
-        self, state: State, grid: Grid, waiter: Waiter, batches: TrainingBatches, mode: MessageMode
-    ) -> None:
+    def __init__(self, state: State, grid: Grid, waiter: Waiter, batches: TrainingBatches, mode: MessageMode) -> None:
         config = state.config
         self._state = state
         self._grid = grid

@@ -73,9 +73,7 @@ def reference_loss(model, weights, data):
     for index in range(model.layers):
         prefix = f"layers/{index:03d}"
         qkv = linear(norm(x, f"{prefix}/norm1"), f"{prefix}/attention/qkv")
-        q, k, v = (
-            part.reshape(*part.shape[:2], heads, size).swapaxes(1, 2) for part in np.split(qkv, 3, axis=-1)
-        )
+        q, k, v = (part.reshape(*part.shape[:2], heads, size).swapaxes(1, 2) for part in np.split(qkv, 3, axis=-1))
         scores = q @ k.swapaxes(-1, -2) / np.sqrt(size) + mask
         scores = np.exp(scores - scores.max(-1, keepdims=True))
         attended = (scores / scores.sum(-1, keepdims=True)) @ v
@@ -177,8 +175,8 @@ def test_partition_places_every_layer_once(num_blocks):
 
 def test_partition_by_hand():
     layers = build_layers(ModelConfig(layers=5, width=12, heads=3, context=7, vocab=11))
-    assert partition(layers, 2, [1, 4]) == [range(0, 2), range(2, 7)]
-    assert partition(layers, 3, [2, 2, 1]) == [range(0, 3), range(3, 5), range(5, 7)]
+    assert partition(layers, 2, [1, 4]) == [range(2), range(2, 7)]
+    assert partition(layers, 3, [2, 2, 1]) == [range(3), range(3, 5), range(5, 7)]
 
 
 def test_balance_is_exact():

@@ -38,9 +38,7 @@ def test_golden_trace_of_gpipe():
 
 def test_lowering_posts_receives_before_the_previous_send():
     text = " ".join(str(action) for action in build("1f1b", 2, 3).actions[0])
-    assert text == (
-        "F0.0 SEND_F0.0 RECV_B0.0 F0.1 SEND_F0.1 B0.0 RECV_B0.1 F0.2 SEND_F0.2 RECV_B0.2 B0.1 B0.2"
-    )
+    assert text == ("F0.0 SEND_F0.0 RECV_B0.0 F0.1 SEND_F0.1 B0.0 RECV_B0.1 F0.2 SEND_F0.2 RECV_B0.2 B0.1 B0.2")
 
 
 @pytest.mark.parametrize(("name", "p", "m"), CASES)

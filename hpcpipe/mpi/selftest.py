@@ -1,0 +1,33 @@
+"""Two ranks exchange one message: ``mpirun -n 2 python -m hpcpipe.mpi.selftest``."""
+
+import json
+import sys
+
+from hpcpipe.mpi import runtime
+
+MESSAGE = b"from one rank to the other"
+
+
+def main() -> int:
+    """Send a message around all ranks; rank 0 prints one JSON object.
+
+    Returns
+    -------
+    int
+        0 where every rank got its neighbour's message, 1 where not.
+    """
+    world = runtime.start()
+    received = bytearray(len(MESSAGE))
+    world.comm.Sendrecv(
+        MESSAGE, dest=(world.rank + 1) % world.size, recvbuf=received, source=(world.rank - 1) % world.size
+    )
+    arrived = received == MESSAGE
+    if world.rank == 0:
+        facts = {"size": world.size, "arrived": arrived, "library": runtime.library_version()}
+        print(json.dumps(facts), flush=True)  # noqa: T201
+    runtime.stop(world)
+    return 0 if arrived else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
