@@ -4,18 +4,18 @@ import argparse
 import contextlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import hpcpipe
 from hpcpipe.cli.parser import Parser, nearest
-from hpcpipe.cluster import launcher
-from hpcpipe.cluster.supervise import Outcome, Progress, new_launch_id, supervise
 from hpcpipe.errors import ExitCode, RankError, StoppedError, UsageError
+
+if TYPE_CHECKING:
+    from hpcpipe.cluster.supervise import Outcome
 
 MPI_VERBS = ("train",)
 
@@ -36,7 +36,7 @@ class Status:
     exit_code: int | None
 
 
-def add_parser(subparsers: Any) -> None:
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb to the command's parser."""
     parser = subparsers.add_parser("launch", help="start ranks with mpirun", description=_DESCRIPTION)
     parser.add_argument("-n", dest="num_ranks", metavar="N", type=int, required=True, help="ranks to start")
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         raise UsageError(f"launch {args.program}: not a verb that runs on ranks; {hint}")
     program = [*python_command(), "-m", "hpcpipe", args.program, *args.arguments]
     if {"-h", "--help"} & set(args.arguments):
-        return subprocess.run(program, check=False).returncode
+        return os.spawnv(os.P_WAIT, program[0], program)
     return launch(program, args.num_ranks, find_run_directory(args.arguments), args.mpirun_args)
 
 
@@ -113,6 +113,9 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
     StoppedError
         A stop came before the run had begun, or the ranks were killed at once.
     """
+    from hpcpipe.cluster import launcher
+    from hpcpipe.cluster.supervise import Progress, new_launch_id, supervise
+
     mpirun = launcher.find_mpirun()
     launch_id = new_launch_id()
     environ = launcher.rank_environment(launch_id, _terminal())
@@ -128,7 +131,7 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
     return conclude(outcome, read_status(directory, launch_id))
 
 
-def conclude(outcome: Outcome, status: Status | None) -> int:
+def conclude(outcome: "Outcome", status: Status | None) -> int:
     """Decide what a finished launch returns.
 
     Parameters
@@ -235,7 +238,7 @@ def _terminal() -> tuple[int, int] | None:
     return size.columns, size.lines
 
 
-def _story(outcome: Outcome) -> str:
+def _story(outcome: "Outcome") -> str:
     """Say in a clause how the ranks ended."""
     if outcome.failures:
         return f"rank {outcome.failures[0].rank} {outcome.failures[0].sentence}"

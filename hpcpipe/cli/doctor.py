@@ -1,0 +1,194 @@
+"""``hpcpipe doctor``: what this machine has, and whether training can work on it."""
+
+import argparse
+import importlib
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import hpcpipe
+from hpcpipe.errors import ExitCode, UsageError
+
+_PACKAGES = ("numpy", "scipy", "numba", "h5py", "mpi4py")
+_SELFTEST_LIMIT_S = 20.0
+_RECOVERY = (
+    "not part of this version: when a rank fails, the run ends with exit code 71, "
+    "and the same command goes on from the newest checkpoint"
+)
+_DESCRIPTION = """\
+Show what this machine has for training, and try whether two ranks can talk.
+
+Exit code 0 when training can work, 64 when something has to be put right first."""
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the verb to the command's parser."""
+    parser = subparsers.add_parser("doctor", help="show what this machine has", description=_DESCRIPTION)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Carry out the verb.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        ``json``: print one object, not text.
+
+    Returns
+    -------
+    int
+        0, or 64 where a problem keeps training from working.
+    """
+    report = examine()
+    print(json.dumps(report, indent=1) if args.json else as_text(report))
+    return int(ExitCode.USAGE if report["problems"] else ExitCode.DONE)
+
+
+def examine() -> dict[str, Any]:
+    """Look at the machine; starts two ranks, and no MPI in this process.
+
+    Returns
+    -------
+    dict
+        ``mpi cores cpu features memory_bytes slurm recovery versions kernels problems``, ready for JSON.
+    """
+    from hpcpipe.cluster import processor, slurm
+    from hpcpipe.cluster.environment import limit_blas_threads
+
+    limit_blas_threads()
+    problems: list[str] = []
+    allocation = slurm.allocation()
+    return {
+        "mpi": _mpi(problems),
+        "cores": processor.num_cores(),
+        "cpu": processor.model_name(),
+        "features": list(processor.features()),
+        "memory_bytes": asdict(processor.memory()),
+        "slurm": None if allocation is None else asdict(allocation),
+        "recovery": _RECOVERY,
+        "versions": _versions(problems),
+        "kernels": _kernels(problems),
+        "problems": problems,
+    }
+
+
+def as_text(report: dict[str, Any]) -> str:
+    """Write the report for people.
+
+    Parameters
+    ----------
+    report : dict
+        From `examine`.
+
+    Returns
+    -------
+    str
+        Aligned lines; problems come last.
+    """
+    mpi, memory, slurm = report["mpi"], report["memory_bytes"], report["slurm"]
+    rows = {
+        "hpcpipe": report["versions"]["hpcpipe"],
+        "MPI": (mpi["library"] or "none that works").partition(", package")[0],
+        "mpirun": mpi["mpirun"] or "none",
+        "two ranks": "exchange messages" if mpi["works"] else "do not work together",
+        "cores": f"{report['cores']} usable, {report['cpu']}",
+        "features": " ".join(report["features"]) or "none that kernels use",
+        "memory": f"{memory['total_bytes'] / 2**30:.1f} GiB, {memory['available_bytes'] / 2**30:.1f} GiB available",
+        "Slurm": "not in an allocation"
+        if slurm is None
+        else f"job {slurm['job_id']} on {slurm['num_nodes']} nodes ({slurm['node_list']})",
+        "kernels": report["kernels"] or "none that work",
+        "recovery": report["recovery"],
+        "versions": ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v and k != "hpcpipe"),
+    }
+    lines = [f"{name:<10} {value}" for name, value in rows.items()]
+    if not report["problems"]:
+        return "\n".join([*lines, "", "Training can work here."])
+    return "\n".join([*lines, "", "Problems:", *(f"- {problem}" for problem in report["problems"])])
+
+
+def _mpi(problems: list[str]) -> dict[str, Any]:
+    """Find mpirun and let two ranks talk."""
+    from hpcpipe.cluster import launcher
+
+    facts: dict[str, Any] = {"library": None, "version": None, "mpirun": None, "works": False}
+    try:
+        mpirun = launcher.find_mpirun()
+    except UsageError as error:
+        problems.append(str(error))
+        return facts
+    facts.update(mpirun=str(mpirun), version=launcher.mpirun_version(mpirun))
+    heard, trouble = _two_ranks(mpirun)
+    if heard is not None:
+        facts["library"] = heard["library"]
+        facts["works"] = heard["size"] == 2 and heard["arrived"]
+        if heard["size"] != 2:
+            trouble = (
+                f"mpi4py loads {heard['library']}, which {mpirun} does not start: "
+                "every rank believes it is alone; use the mpirun of that library"
+            )
+    if not facts["works"]:
+        problems.append(f"two ranks do not work together: {trouble}")
+    return facts
+
+
+def _two_ranks(mpirun: Path) -> tuple[dict[str, Any] | None, str]:
+    """Start the self-test; return what rank 0 said, and what went wrong."""
+    import subprocess
+
+    from hpcpipe.cli.launch import python_command
+    from hpcpipe.cluster import launcher
+    from hpcpipe.cluster.banner import BannerFilter
+
+    environ = launcher.rank_environment(launch_id="doctor", terminal=None)
+    program = [*python_command(), "-m", "hpcpipe.mpi.selftest"]
+    command = launcher.mpirun_command(mpirun, 2, program, launcher.this_machine(), environ=environ)
+    try:
+        result = subprocess.run(
+            command,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_SELFTEST_LIMIT_S,
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"no answer within {_SELFTEST_LIMIT_S:.0f} s of `{' '.join(command)}`"
+    answers = [line for line in result.stdout.splitlines() if line.startswith(b"{")]
+    if answers:
+        heard: dict[str, Any] = json.loads(answers[0])
+        return heard, "the message did not arrive"
+    banner = BannerFilter()
+    told = (banner.feed(result.stderr) + banner.release()).decode(errors="replace").split("\n")
+    last = next((line for line in reversed(told) if line.strip(" -\0")), "")
+    return None, last or f"`{' '.join(command)}` ended with code {result.returncode}"
+
+
+def _versions(problems: list[str]) -> dict[str, str | None]:
+    """Return the version of everything, and import what can be imported without starting MPI."""
+    from importlib import metadata
+
+    versions: dict[str, str | None] = {"hpcpipe": hpcpipe.__version__, "python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+            importlib.import_module(name)
+        except Exception as error:
+            versions.setdefault(name, None)
+            problems.append(f"{name} cannot be imported ({error}): pip install --force-reinstall {name}")
+    return versions
+
+
+def _kernels(problems: list[str]) -> str | None:
+    """Say which kernels would compute, without compiling them."""
+    try:
+        from hpcpipe.kernels import warm
+
+        state = "compiled" if warm.is_compiled() else "to be compiled at the first start"
+        return f"{warm.describe()}, {state}"
+    except Exception as error:
+        problems.append(f"the kernels cannot be loaded: {error}")
+        return None
