@@ -11,7 +11,8 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from hpcpipe.data.format import BLOCK_TOKENS, CURE, TOKEN, Contents, read_contents
+from hpcpipe.data.format import BLOCK_TOKENS, CURE, OTHER_KIND, TOKEN, Contents
+from hpcpipe.data.load import read_contents
 from hpcpipe.errors import DamagedError, UsageError
 
 Tokens = npt.NDArray[np.uint16]
@@ -241,7 +242,7 @@ def _open(path: Path) -> "tuple[Contents, np.memmap[tuple[int, ...], np.dtype[np
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedError(f"{path}: no such token file; make it: hpcpipe data prepare SOURCE... -o {path}") from None
     except IsADirectoryError:
-        raise DamagedError(f"{path}: not a token file: it is a folder") from None
+        raise DamagedError(f"{path}: not a token file: it is a folder; {OTHER_KIND}") from None
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from None
     return contents, tokens

@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from hpcpipe.errors import DamagedError, DiskError, UsageError
 
@@ -119,14 +120,18 @@ def _belongs_to_library(path: Path) -> bool:
 def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> list[Path]:
     """List regular files below a folder that are not hidden, in byte order of their paths."""
 
-    def refuse(error: OSError) -> None:
+    def refuse(error: OSError) -> NoReturn:
         raise UsageError(f"{error.filename}: cannot be read: {error.strerror}") from None
 
     found = []
     for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and name not in left_out]
         found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(filter(Path.is_file, found), key=lambda path: os.fsencode(path.relative_to(root)))
+    try:
+        files = [path for path in found if path.is_file()]
+    except OSError as error:
+        refuse(error)
+    return sorted(files, key=lambda path: os.fsencode(path.relative_to(root)))
 
 
 def _read(path: Path) -> bytes:
