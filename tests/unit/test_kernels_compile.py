@@ -1,0 +1,164 @@
+"""Kernels are compiled once, before the first step, and kept in one known directory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numba.core.runtime import _nrt_python
+from support.kernels import HEADS, KERNELS, NAN, make_arguments
+
+from hpcpipe.errors import DiskError
+from hpcpipe.kernels import attention, gemm, jit, warm
+
+SCRIPT = """
+import sys
+import numpy as np
+from hpcpipe.kernels import jit, reduce
+print(jit.CACHE_DIRECTORY)
+if sys.argv[1] == "add":
+    acc = np.full(5, 2.0, np.float32)
+    reduce.add_into(acc, acc.copy())
+    print(acc.sum(), sum(reduce.add_into.stats.cache_hits.values()))
+"""
+
+
+def start(action, **environment):
+    for variable in ("NUMBA_CACHE_DIR", "HPCPIPE_CACHE_DIR", "XDG_CACHE_HOME"):
+        environment.setdefault(variable, "")
+    command = [sys.executable, "-c", SCRIPT, action]
+    return subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    return output.splitlines()
+
+
+def run(action, **environment):
+    return finish(start(action, **environment))
+
+
+def test_training_adds_no_signature_to_what_compile_all_compiled():
+    names = []
+    warm.compile_all(lambda name, index, total: names.append((name, index, total)))
+    assert [name for name, _, _ in names] == [function.__name__ for function, _ in warm.cases()]
+    assert {name for name, _, _ in names} == set(KERNELS)
+    assert [index for _, index, _ in names] == list(range(1, len(KERNELS) + 1))
+    assert {total for _, _, total in names} == {len(KERNELS)}
+    before = {name: list(kernel.signatures) for name, kernel in KERNELS.items()}
+    for name, kernel in KERNELS.items():
+        kernel(*map(as_views_of_one_buffer, make_arguments(name, np.float32)))
+    assert {name: list(kernel.signatures) for name, kernel in KERNELS.items()} == before
+
+
+def as_views_of_one_buffer(value):
+    """Place an array as training does: a reshaped slice, at an odd offset, of one long buffer."""
+    if not isinstance(value, np.ndarray):
+        return value
+    buffer = np.zeros(value.size + 3, value.dtype)
+    view = buffer[3:].reshape(value.shape)
+    view[...] = value
+    return view
+
+
+def test_compile_all_leaves_a_marker_that_names_files():
+    warm.compile_all()
+    assert warm.is_compiled()
+    directory = jit.compiled_directory(gemm.matmul)
+    assert directory.is_relative_to(jit.CACHE_DIRECTORY)
+    victim = next(directory.glob("gemm.matmul_nt-*.nbc"))
+    aside = victim.with_suffix(".aside")
+    victim.rename(aside)
+    try:
+        assert not warm.is_compiled()
+    finally:
+        aside.rename(victim)
+    assert warm.is_compiled()
+
+
+def test_a_marker_that_is_no_list_counts_as_none(monkeypatch, tmp_path):
+    marker = tmp_path / "complete.json"
+    monkeypatch.setattr(warm, "_marker", lambda dtype: marker)
+    assert not warm.is_compiled()
+    marker.write_text('["gone')
+    assert not warm.is_compiled()
+
+
+def test_a_full_disk_is_reported_with_its_cure(monkeypatch):
+    def fail():
+        raise OSError(28, "No space left on device")
+
+    fail.__name__ = "matmul"
+    monkeypatch.setattr(warm, "cases", lambda dtype: [(fail, ())])
+    with pytest.raises(DiskError, match=r"kernels-.*No space left.*HPCPIPE_CACHE_DIR"):
+        warm.compile_all()
+
+
+def test_describe_names_processor_and_blas():
+    line = warm.describe()
+    assert "\n" not in line
+    assert jit.cpu_name() in line
+    assert "blas" in line.lower()
+
+
+def test_processes_that_compile_at_once_leave_what_the_next_one_loads(tmp_path):
+    together = [start("add", HPCPIPE_CACHE_DIR=str(tmp_path)) for _ in range(3)]
+    lines = [finish(process) for process in together]
+    assert all(result.startswith("20.0 ") for _, result in lines)
+    directory, result = run("add", HPCPIPE_CACHE_DIR=str(tmp_path))
+    assert Path(directory).is_relative_to(tmp_path / "hpcpipe")
+    assert result == "20.0 1"
+
+
+def test_directory_follows_the_environment(tmp_path):
+    name = jit.CACHE_DIRECTORY.name
+    home, cache = tmp_path / "home", tmp_path / "cache"
+    assert run("show", HOME=str(home)) == [str(home / ".cache" / "hpcpipe" / name)]
+    assert run("show", HOME=str(home), XDG_CACHE_HOME=str(cache)) == [str(cache / "hpcpipe" / name)]
+    mine = {"XDG_CACHE_HOME": str(cache), "HPCPIPE_CACHE_DIR": str(tmp_path / "mine")}
+    assert run("show", **mine) == [str(tmp_path / "mine" / "hpcpipe" / name)]
+    assert run("show", **mine, NUMBA_CACHE_DIR=str(tmp_path / "n")) == [str(tmp_path / "n" / "hpcpipe" / name)]
+
+
+def test_directory_that_cannot_be_written_gives_way_to_a_private_one(tmp_path):
+    (tmp_path / "file").touch()
+    environment = {"HPCPIPE_CACHE_DIR": str(tmp_path / "file"), "TMPDIR": str(tmp_path)}
+    private = tmp_path / f"hpcpipe-{os.getuid()}"
+    (directory,) = run("show", **environment)
+    assert Path(directory) == private / jit.CACHE_DIRECTORY.name
+    assert private.stat().st_mode & 0o077 == 0
+    private.chmod(0o777)
+    (directory,) = run("show", **environment)
+    assert not Path(directory).is_relative_to(private)
+    assert Path(directory).parent.stat().st_mode & 0o077 == 0
+
+
+def test_kernels_allocate_nothing():
+    """Numba takes one small record per array argument; a hidden copy of an operand would be one more."""
+    _nrt_python.memsys_enable_stats()
+    try:
+        for name, kernel in KERNELS.items():
+            arguments = make_arguments(name, np.float32)
+            kernel(*arguments)
+            before = _nrt_python.memsys_get_stats_alloc()
+            kernel(*arguments)
+            records = _nrt_python.memsys_get_stats_alloc() - before
+            assert records == sum(isinstance(value, np.ndarray) for value in arguments), name
+    finally:
+        _nrt_python.memsys_disable_stats()
+
+
+def test_scratch_of_attention_is_enough_and_no_more_is_touched():
+    context, width = 131, 51
+    for name in ("attention_forward", "attention_backward"):
+        arguments = list(make_arguments(name, np.float32, context, width))
+        needed = attention.attention_scratch(context, width, HEADS)
+        guarded = np.full(needed + 64, NAN, np.float32)
+        guarded[needed:] = 7
+        arguments[-1] = guarded[:needed]
+        KERNELS[name](*arguments)
+        assert (guarded[needed:] == 7).all()
