@@ -146,7 +146,8 @@ def run_on_ranks(
     options = ["--with-mpi", "--timeout=0", "-q", "--no-header", "--color=no"]
     for plugin in ("support.on_rank", "no:cacheprovider", "no:faulthandler"):
         options += ["-p", plugin]
-    program = [sys.executable, "-m", "pytest", *options, *arguments]
+    # -P: the installed package is what is tested, also where the working directory is a checkout of it.
+    program = [sys.executable, "-P", "-m", "pytest", *options, *arguments]
     environment = rank_environment("tests", None)
     environment[on_rank.DIRECTORY] = str(directory)
     environment[on_rank.LIMIT_S] = str(test_limit_s)
