@@ -6,12 +6,12 @@ import time
 from collections.abc import Sequence
 
 from hpcpipe import __version__
-from hpcpipe.cli import checkpoint, launch, sample, train
+from hpcpipe.cli import checkpoint, data, doctor, launch, sample, train
 from hpcpipe.cli.parser import Parser, nearest
 from hpcpipe.cluster.environment import rank_hint
 from hpcpipe.errors import MEANING, ExitCode, HpcpipeError, UsageError
 
-VERBS = (launch, train, checkpoint, sample)
+VERBS = (launch, train, data, checkpoint, sample, doctor)
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141
@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except HpcpipeError as error:
         _report(error)
         return int(error.exit_code)

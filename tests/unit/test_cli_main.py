@@ -1,0 +1,193 @@
+"""The command entry: exit codes, messages, and who prints them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hpcpipe
+from hpcpipe.cli import launch, main
+from hpcpipe.cli.doctor import as_text
+from hpcpipe.cluster.banner import Failure
+from hpcpipe.cluster.supervise import Outcome
+from hpcpipe.errors import DamagedError, RankError, StoppedError, UsageError
+
+Captured = pytest.CaptureFixture[str]
+
+
+def test_version(capsys: Captured) -> None:
+    assert main.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hpcpipe {hpcpipe.__version__}\n"
+
+
+def test_without_arguments_the_help_is_shown(capsys: Captured) -> None:
+    assert main.main([]) == 64
+    assert "launch" in capsys.readouterr().out
+
+
+def test_help_lists_every_verb_and_exit_code(capsys: Captured) -> None:
+    assert main.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("launch", "train", "data", "checkpoint", "sample", "doctor", "71", "75"):
+        assert word in shown
+
+
+@pytest.mark.parametrize("verb", ["launch", "train", "data", "checkpoint", "sample", "doctor"])
+def test_every_verb_has_help(verb: str, capsys: Captured) -> None:
+    assert main.main([verb, "--help"]) == 0
+    assert f"usage: hpcpipe {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["'trian'", "did you mean train?"]),
+        (["zzz"], ["'zzz'", "verbs are launch, train"]),
+        (["--vers"], ["--vers", "did you mean --version?"]),
+        (["checkpoint", "shwo", "x"], ["'shwo'", "did you mean show?"]),
+        (["sample", "--toknes", "5"], ["--toknes", "did you mean --tokens?"]),
+        (["sample"], ["CHECKPOINT"]),
+        (["launch", "train", "x.toml"], ["-n"]),
+        (["launch", "-n", "two", "train"], ["'two'"]),
+        (["launch", "-n", "0", "train", "x.toml"], ["-n 0", "at least 1"]),
+        (["launch", "-n", "2", "doctor"], ["doctor", "train"]),
+        (["launch", "-n", "2", "trian", "x.toml"], ["trian", "did you mean train?"]),
+    ],
+)
+def test_usage_errors(arguments: list[str], words: list[str], capsys: Captured) -> None:
+    assert main.main(arguments) == 64
+    shown = capsys.readouterr()
+    assert shown.err.startswith("hpcpipe: error: ")
+    assert shown.err.count("hpcpipe: error:") == 1
+    assert shown.out == ""
+    for word in words:
+        assert word in shown.err
+
+
+def verb_that(raises: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
+    def run(_: object) -> int:
+        raise raises
+
+    monkeypatch.setattr("hpcpipe.cli.doctor.run", run)
+    return main.main(["doctor"])
+
+
+def test_an_error_is_printed_once_with_its_code(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    assert verb_that(DamagedError("some.h5: truncated"), monkeypatch) == 65
+    assert capsys.readouterr().err == "hpcpipe: error: some.h5: truncated\n"
+
+
+def test_an_interrupt_is_no_traceback(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+    assert verb_that(KeyboardInterrupt(), monkeypatch) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_other_ranks_wait_for_rank_0_and_then_say_who_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(main.time, "sleep", waited.append)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    assert verb_that(UsageError("wrong"), monkeypatch) == 64
+    assert (waited, capsys.readouterr().err) == ([], "hpcpipe: error: wrong\n")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    assert verb_that(UsageError("wrong"), monkeypatch) == 64
+    assert len(waited) == 1
+    assert f"rank 3 on {os.uname().nodename}: wrong" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    program = (
+        "import sys; from hpcpipe.cli import doctor, main;"
+        "doctor.run = lambda _: print('text') or 0; sys.exit(main.main(['doctor']))"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as closed:
+        result = subprocess.run([sys.executable, "-c", program], stdout=closed, stderr=subprocess.PIPE, timeout=20)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+KILLED = Failure(1, "on n1 was ended by signal 9 (Killed)")
+
+
+def outcome(code: int, *failures: Failure, stop: bool = False, killed: bool = False) -> Outcome:
+    return Outcome(code, failures, stop, killed)
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "code"),
+    [
+        (outcome(0), launch.Status("done", 0), 0),
+        (outcome(0), launch.Status("failed", 71), 71),
+        (outcome(137, KILLED), launch.Status("stopped", 75), 75),
+        (outcome(-9), launch.Status("done", 0), 0),
+        (outcome(73, Failure(0, "ended with exit code 73")), None, 73),
+        (outcome(74), launch.Status("running", None), 74),
+    ],
+)
+def test_the_true_exit_code(ended: Outcome, status: launch.Status | None, code: int) -> None:
+    assert launch.conclude(ended, status) == code
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "error", "words"),
+    [
+        (outcome(137, KILLED), launch.Status("running", None), RankError, "rank 1 on n1 was ended by signal 9"),
+        (outcome(0), launch.Status("running", None), RankError, "mpirun ended with code 0"),
+        (outcome(0), None, RankError, "mpirun ended with code 0"),
+        (outcome(-15), None, RankError, "mpirun was ended by signal 15"),
+        (outcome(1, stop=True), None, StoppedError, "before the first step"),
+        (outcome(-9, killed=True), launch.Status("running", None), StoppedError, "killed at once"),
+        (outcome(213), None, UsageError, "--mpirun-arg"),
+    ],
+)
+def test_an_end_without_a_word_is_told(
+    ended: Outcome, status: launch.Status | None, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        launch.conclude(ended, status)
+
+
+def test_only_this_launch_s_status_counts(tmp_path: Path) -> None:
+    folder = tmp_path
+    assert launch.read_status(None, "a") is None
+    assert launch.read_status(folder, "a") is None
+    for text in ("", "{", "[]", json.dumps({"launch_id": "b", "exit_code": 0, "state": "done"})):
+        (folder / "status.json").write_text(text)
+        assert launch.read_status(folder, "a") is None
+    (folder / "status.json").write_text(json.dumps({"launch_id": "a", "exit_code": None, "state": "running"}))
+    assert launch.read_status(folder, "a") == launch.Status("running", None)
+
+
+def test_the_run_directory_is_found_as_train_finds_it(tmp_path: Path) -> None:
+    config = tmp_path / "c.toml"
+    config.write_text('[run]\nname = "one"\ndir = "there"\n')
+    assert launch.find_run_directory([str(config)]) == Path("there/one")
+    arguments = ["--resume", "never", "--set", "run.name=two", str(config), "--set", "train.steps=3"]
+    assert launch.find_run_directory(arguments) == Path("there/two")
+    assert launch.find_run_directory([]) is None
+    assert launch.find_run_directory(["--unknown", str(config)]) is None
+    assert launch.find_run_directory([str(config) + ".not"]) is None
+
+
+def test_doctor_s_text_names_problems_last() -> None:
+    report = {
+        "mpi": {"library": None, "version": None, "mpirun": None, "works": False},
+        "cores": 3,
+        "cpu": "Some CPU",
+        "features": [],
+        "memory_bytes": {"total_bytes": 3 * 2**30, "available_bytes": 2**30},
+        "slurm": {"job_id": 7, "num_nodes": 2, "node_list": "n[1-2]"},
+        "recovery": "none",
+        "versions": {"hpcpipe": "1", "numba": None},
+        "kernels": None,
+        "problems": ["no mpirun: install it"],
+    }
+    text = as_text(report)
+    assert text.endswith("Problems:\n- no mpirun: install it")
+    assert "job 7 on 2 nodes (n[1-2])" in text
+    assert "3.0 GiB, 1.0 GiB available" in text

