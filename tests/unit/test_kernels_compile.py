@@ -98,6 +98,13 @@ def test_a_full_disk_is_reported_with_its_cure(monkeypatch):
         warm.compile_all()
 
 
+def test_compiler_may_reorder_sums_and_nothing_else():
+    for name, kernel in KERNELS.items():
+        assert set(kernel.targetoptions["fastmath"] or ()) <= {"reassoc", "nsz"}, name
+    for name in ("adamw_update", "add_into", "bias_gradient", "gelu_forward", "gelu_backward"):
+        assert not KERNELS[name].targetoptions["fastmath"], name
+
+
 def test_describe_names_processor_and_blas():
     line = warm.describe()
     assert "\n" not in line
