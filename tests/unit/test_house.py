@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -116,25 +115,3 @@ def test_paths_of_one_machine_are_seen(tmp_path):
     good = ["a/work/b", "$HOME/x", "https://example.org/home/x", "docs/root.md", "/working"]
     file.write_text("\n".join([*bad, *good]))
     assert len(paths_of_one_machine([file])) == len(bad)
-
-
-def loaded_by(statement: str) -> set[str]:
-    """Return the modules that a fresh interpreter has loaded after a statement."""
-    code = f"import sys; {statement}; print(*sys.modules, sep='\\n')"
-    result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT)
-    return set(result.stdout.split())
-
-
-@pytest.mark.parametrize("module", ["hpcpipe", "hpcpipe.cli.main", "hpcpipe.schedule", "hpcpipe.config.load"])
-def test_an_import_is_cheap(module):
-    heavy = {"numpy", "numba", "scipy", "h5py", "mpi4py", "mpi4py.MPI", "rich"}
-    assert not loaded_by(f"import {module}") & heavy
-
-
-def test_importing_the_package_takes_milliseconds():
-    code = "import time; start = time.perf_counter(); import hpcpipe; print(time.perf_counter() - start)"
-    times_s = [
-        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout)
-        for _ in range(3)
-    ]
-    assert min(times_s) < 0.1
