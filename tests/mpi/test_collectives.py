@@ -1,0 +1,95 @@
+"""Collectives: right values, the same bits on every rank, errors that all ranks raise, deadlines."""
+
+import numpy as np
+import pytest
+
+from hpcpipe.errors import DamagedError, RankError, UsageError
+from hpcpipe.mpi.agree import together
+from hpcpipe.mpi.collectives import (
+    barrier,
+    broadcast_bytes,
+    exchange,
+    gather_bytes,
+    gather_rows,
+    sum_over_ranks,
+    tree_sum,
+)
+from hpcpipe.mpi.wait import Waiter
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+
+@pytest.fixture
+def waiter():
+    return Waiter(timeout_s=60.0)
+
+
+def test_gather_rows_keeps_bits_and_order(comm, waiter):
+    row = np.random.default_rng(comm.rank).normal(size=5)
+    rows = gather_rows(comm, waiter, row)
+    for rank in range(comm.size):
+        assert rows[rank].tobytes() == np.random.default_rng(rank).normal(size=5).tobytes()
+
+
+def test_bytes_of_any_length(comm, waiter):
+    contents = gather_bytes(comm, waiter, b"x" * (comm.rank * 1000))
+    assert [len(content) for content in contents] == [rank * 1000 for rank in range(comm.size)]
+    root = comm.size - 1
+    assert broadcast_bytes(comm, waiter, b"" if comm.rank == root else None, root) == b""
+    assert broadcast_bytes(comm, waiter, b"abc" if comm.rank == root else None, root) == b"abc"
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 1000, 65_537])
+def test_the_sum_has_the_bits_of_the_fixed_tree_on_every_rank(comm, waiter, size):
+    parts = [np.random.default_rng(rank).normal(size=size).astype(np.float32) for rank in range(comm.size)]
+    array = parts[comm.rank].copy()
+    sum_over_ranks(comm, waiter, array)
+    assert array.tobytes() == tree_sum([part.copy() for part in parts]).tobytes()
+
+
+def test_the_sum_works_in_chunks(comm, waiter, monkeypatch):
+    monkeypatch.setattr("hpcpipe.mpi.collectives._CHUNK", 3)
+    parts = [np.random.default_rng(rank).normal(size=50).astype(np.float32) for rank in range(comm.size)]
+    array = parts[comm.rank].copy()
+    sum_over_ranks(comm, waiter, array)
+    assert array.tobytes() == tree_sum([part.copy() for part in parts]).tobytes()
+
+
+def test_exchange_with_a_peer(comm, waiter):
+    if comm.rank in (0, comm.size - 1):
+        received = np.empty(3, np.float32)
+        peer = comm.size - 1 - comm.rank
+        exchange(comm, waiter, peer, np.full(3, comm.rank, np.float32), received)
+        assert (received == peer).all()
+
+
+def test_an_error_of_one_rank_is_raised_by_all(comm, waiter):
+    with pytest.raises(DamagedError, match="rank 1 says no") as caught, together(comm, waiter):
+        if comm.rank == 1:
+            raise DamagedError("rank 1 says no")
+    assert caught.value.on_all_ranks
+
+
+def test_the_lowest_failing_rank_is_heard(comm, waiter):
+    with pytest.raises(UsageError, match="rank 0") as caught, together(comm, waiter):
+        raise UsageError(f"rank {comm.rank}") if comm.rank != 1 else DamagedError("rank 1")
+    assert caught.value.exit_code == UsageError.exit_code
+
+
+def test_together_without_errors_returns(comm, waiter):
+    with together(comm, waiter):
+        value = comm.rank
+    assert value == comm.rank
+
+
+def test_a_silent_peer_is_given_up_after_the_deadline(comm):
+    impatient = Waiter(timeout_s=0.2)
+    if comm.rank == 0:
+        with pytest.raises(RankError, match=r"waited 0.2 s for all \d+ ranks to meet"):
+            barrier(comm, impatient)
+        comm.Isend(np.zeros(1), 1, 9).Wait()
+    elif comm.rank == 1:
+        comm.Recv(np.empty(1), 0, 9)
+    # The barrier that rank 0 gave up is completed by the others, so that none stays pending.
+    if comm.rank != 0:
+        barrier(comm, Waiter(60.0))

@@ -1,0 +1,122 @@
+"""The trainer on every grid that the ranks allow gives the bits of one process."""
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+
+from hpcpipe.config.check import resolve
+from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
+from hpcpipe.mpi.grid import make_grid
+from hpcpipe.mpi.messages import MessageMode
+from hpcpipe.mpi.wait import Waiter
+from hpcpipe.train.batches import TrainingBatches
+from hpcpipe.train.state import build_state
+from hpcpipe.train.step import Trainer
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+STEPS = 3
+
+
+class CountedSamples:
+    """Samples that are a function of their number."""
+
+    def batch(self, first, count, tokens, targets):
+        for row in range(count):
+            stream = np.random.default_rng(first + row).integers(0, 11, tokens.shape[1] + 1)
+            tokens[row], targets[row] = stream[:-1], stream[1:]
+
+
+def train(comm, pipeline, data, mode=None, **choices):
+    """Return the loss and norm of each step, and this rank's weights, after a few steps."""
+    tied = choices.pop("tied", True)
+    recompute = choices.pop("recompute", "none")
+    config = Config(
+        model=ModelConfig(layers=9, width=12, heads=3, context=6, vocab=11, tied=tied),
+        parallel=ParallelConfig(pipeline=pipeline, data=data, microbatch_size=2, **choices),
+        train=TrainConfig(steps=STEPS, learning_rate=1e-2, warmup_steps=1, clip=0.5, recompute=recompute),
+    )
+    config = resolve(config, comm.size)
+    grid, parallel = make_grid(comm, pipeline, data), config.parallel
+    state = build_state(config, grid.stage_rank)
+    state.fill_initial()
+    per_replica = parallel.microbatches // data
+    local = range(grid.replica * per_replica, (grid.replica + 1) * per_replica)
+    batches = TrainingBatches(CountedSamples(), parallel.microbatches, local, 2, config.model.context)
+    trainer = Trainer(state, grid, Waiter(60.0), batches, mode or MessageMode())
+    results = [trainer.run(step, stop=False) for step in range(1, STEPS + 1)]
+    grid.free()
+    weights = {tensor.name: state.parameters.weights.arrays[tensor.name].tobytes() for tensor in state.owned()}
+    return [(result.loss, result.grad_norm) for result in results], weights
+
+
+def grids(size):
+    return [(size // data, data) for data in range(1, size + 1) if size % data == 0]
+
+
+def assert_same(comm, pipeline, data, **choices):
+    expected, all_weights = train(MPI.COMM_SELF, 1, 1, **{k: v for k, v in choices.items() if k != "mode"})
+    found, weights = train(comm, pipeline, data, **choices)
+    assert found == expected, (pipeline, data)
+    assert weights and all(all_weights[name] == content for name, content in weights.items()), (pipeline, data)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_same_bits_on_every_grid(comm, schedule, tied):
+    for pipeline, data in grids(comm.size):
+        # Bits agree between replicas that hold aligned blocks of a power of two lanes.
+        lanes = 1 if data == 1 else 8
+        if data & (data - 1) == 0:
+            assert_same(comm, pipeline, data, schedule=schedule, tied=tied, microbatches=8, lanes=lanes)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 5])
+def test_same_bits_for_few_and_odd_microbatches(comm, microbatches):
+    assert_same(comm, comm.size, 1, microbatches=microbatches, lanes=1)
+
+
+def test_same_bits_with_synchronous_sends_and_delays(comm):
+    mode = MessageMode(synchronous=True, max_delay_s=0.002)
+    for schedule in ("gpipe", "1f1b"):
+        assert_same(comm, comm.size, 1, microbatches=4, schedule=schedule, mode=mode)
+
+
+def test_same_bits_when_activations_are_recomputed(comm):
+    expected, _ = train(MPI.COMM_SELF, 1, 1, microbatches=3)
+    found, _ = train(comm, comm.size, 1, microbatches=3, recompute="full")
+    assert found == expected
+
+
+def test_same_bits_for_an_uneven_partition(comm):
+    partition = (1,) * (comm.size - 1) + (9 - comm.size + 1,)
+    expected, _ = train(MPI.COMM_SELF, 1, 1, microbatches=2)
+    found, _ = train(comm, comm.size, 1, microbatches=2, partition=partition)
+    assert found == expected
+
+
+def test_replicas_that_are_no_power_of_two_agree_among_pipelines(comm):
+    if comm.size % 3:
+        pytest.skip("needs a multiple of 3 ranks")
+    losses = [loss for loss, _ in train(comm, comm.size // 3, 3, microbatches=6)[0]]
+    alone = [loss for loss, _ in train(MPI.COMM_SELF, 1, 1, microbatches=6)[0]]
+    assert losses[0] == alone[0]
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+
+
+def test_a_stop_on_one_rank_is_known_to_all(comm):
+    config = resolve(
+        Config(
+            model=ModelConfig(layers=9, width=12, heads=3, context=6, vocab=11),
+            parallel=ParallelConfig(pipeline=comm.size, microbatches=1, microbatch_size=1),
+        ),
+        comm.size,
+    )
+    grid = make_grid(comm, comm.size, 1)
+    state = build_state(config, grid.stage_rank)
+    state.fill_initial()
+    batches = TrainingBatches(CountedSamples(), 1, range(1), 1, config.model.context)
+    trainer = Trainer(state, grid, Waiter(60.0), batches, MessageMode())
+    assert not trainer.run(1, stop=False).stop
+    assert trainer.run(2, stop=comm.rank == comm.size - 1).stop
+    grid.free()

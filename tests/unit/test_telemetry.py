@@ -1,0 +1,107 @@
+"""The files and the screen of a run."""
+
+import json
+import math
+
+import pytest
+
+from hpcpipe.cluster.environment import TERMINAL
+from hpcpipe.errors import DiskError, ExitCode
+from hpcpipe.telemetry.console import Console
+from hpcpipe.telemetry.events import EventLog
+from hpcpipe.telemetry.files import append_line, read_lines, write_whole
+from hpcpipe.telemetry.metrics import MetricsLog
+from hpcpipe.telemetry.status import write_status
+
+ROW = {
+    "step": 7,
+    "loss": 1.25,
+    "grad_norm": 0.5,
+    "learning_rate": 1e-3,
+    "tokens": 7,
+    "step_s": 2.0,
+    "tokens_per_s": 12345.6,
+    "mfu": 0.25,
+    "bubble": 0.125,
+}
+
+
+def test_floats_read_back_to_the_same_bits(tmp_path):
+    values = [0.1, 1 / 3, 5e-324, 1.7976931348623157e308, math.pi]
+    append_line(tmp_path / "log", {"values": values})
+    assert read_lines(tmp_path / "log") == [{"values": values}]
+
+
+def test_a_half_written_last_line_is_dropped(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in range(1, 6):
+        log.add({**ROW, "step": step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    log.keep_until(4)
+    log.add({**ROW, "step": 5, "loss": 9.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert rows[-1]["loss"] == 9.0
+
+
+def test_status(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPCPIPE_LAUNCH_ID", "abc")
+    expected = {None: "running", ExitCode.DONE: "done", ExitCode.STOPPED: "stopped", ExitCode.DISK: "failed"}
+    for code, state in expected.items():
+        write_status(tmp_path, 3, code, "because")
+        status = json.loads((tmp_path / "status.json").read_text())
+        assert (status["state"], status["step"], status["cause"]) == (state, 3, "because")
+        assert status["exit_code"] == (None if code is None else int(code))
+        assert status["launch_id"] == "abc"
+
+
+def test_a_refused_write_keeps_the_earlier_file(tmp_path):
+    write_whole(tmp_path / "file", "first")
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(DiskError, match="directory could not be written"):
+        write_whole(tmp_path / "directory", "second")
+    with pytest.raises(DiskError):
+        append_line(tmp_path / "missing" / "log", {})
+    assert (tmp_path / "file").read_text() == "first"
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "directory"}
+
+
+def test_events_have_a_time(tmp_path):
+    EventLog(tmp_path / "events.jsonl").add("resumed", step=4)
+    EventLog(None).add("nothing")
+    (event,) = read_lines(tmp_path / "events.jsonl")
+    assert event["event"] == "resumed" and event["step"] == 4 and event["time"].endswith("Z")
+
+
+def test_one_line_per_step_without_a_terminal(capsys, monkeypatch):
+    monkeypatch.delenv(TERMINAL, raising=False)
+    console = Console("auto")
+    console.start(steps=100, done=0)
+    console.step(ROW)
+    console.stop()
+    (line,) = capsys.readouterr().out.splitlines()
+    for part in ("step   7/100", "loss 1.2500", "12,346 tokens/s", "MFU 25%", "bubble 12%", "left 3:06"):
+        assert part in line
+    assert "\x1b" not in line
+
+
+def test_a_progress_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv(TERMINAL, "100x30")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    console = Console("auto")
+    console.start(steps=100, done=0)
+    console.step(ROW)
+    console.say("[not markup] a message")
+    console.stop()
+    out = capsys.readouterr().out
+    assert "7/100" in out and "loss 1.2500" in out and "[not markup] a message" in out and "\x1b" in out
+
+
+def test_quiet_says_nothing(capsys):
+    console = Console("quiet")
+    console.say("text")
+    console.start(10, 0)
+    console.step(ROW)
+    console.stop()
+    assert capsys.readouterr().out == ""
