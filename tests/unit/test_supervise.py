@@ -1,0 +1,94 @@
+"""The loop beside mpirun, with small stand-ins for mpirun that misbehave."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from hpcpipe.cluster import supervise
+from hpcpipe.cluster.supervise import Outcome, Progress
+
+Captured = pytest.CaptureFixture[str]
+
+
+def run(program: str, progress: Progress = Progress.RUNNING) -> Outcome:
+    return supervise.supervise([sys.executable, "-c", program], os.environ, lambda: progress)
+
+
+@pytest.fixture(autouse=True)
+def handlers_are_put_back() -> object:
+    before = {number: signal.getsignal(number) for number in (*supervise.STOP_SIGNALS, signal.SIGCHLD)}
+    yield
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_code_and_text_pass_unchanged(capfd: Captured) -> None:
+    outcome = run("import sys; print('out'); sys.stderr.write('one\\ntwo'); sys.exit(7)")
+    assert outcome == Outcome(7, (), False, False)
+    shown = capfd.readouterr()
+    assert (shown.out, shown.err) == ("out\n", "one\ntwo")
+
+
+def test_a_launcher_that_hangs_after_the_run_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "_FINAL_GRACE_S", 0.5)
+    monkeypatch.setattr(supervise, "_HANG_CHECK_S", 0.1)
+    began = time.monotonic()
+    outcome = run("import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(30)", Progress.FINAL)
+    assert outcome.code == -9
+    assert 0.5 < time.monotonic() - began < 5
+
+
+def test_a_launcher_that_hangs_after_its_ranks_died_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "_FINAL_GRACE_S", 0.5)
+    monkeypatch.setattr(supervise, "_HANG_CHECK_S", 0.1)
+    began = time.monotonic()
+    assert run("import subprocess, time; subprocess.run(['sleep', '0.5']); time.sleep(30)").code == -9
+    assert 1.0 < time.monotonic() - began < 6
+
+
+def test_a_launcher_without_ranks_yet_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "_FINAL_GRACE_S", 0.2)
+    monkeypatch.setattr(supervise, "_HANG_CHECK_S", 0.05)
+    assert run("import time; time.sleep(1)", Progress.NOT_STARTED).code == 0
+
+
+def test_ranks_left_behind_are_killed(tmp_path: Path) -> None:
+    file = tmp_path / "pid"
+    outcome = run(
+        "import subprocess, pathlib;"
+        "p = subprocess.Popen(['sleep', '30'], process_group=0, stderr=subprocess.DEVNULL);"
+        f"pathlib.Path({str(file)!r}).write_text(str(p.pid))"
+    )
+    assert outcome.code == 0
+    state = Path(f"/proc/{file.read_text()}/stat")
+    deadline = time.monotonic() + 5
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] not in "ZX":
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    ("progress", "code"), [(Progress.RUNNING, -signal.SIGUSR1), (Progress.NOT_STARTED, -signal.SIGTERM)]
+)
+def test_a_stop_is_sent_as_the_run_can_take_it(progress: Progress, code: int) -> None:
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert run("import time; time.sleep(30)", progress) == Outcome(code, (), True, False)
+
+
+def test_an_ignored_hangup_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGHUP))
+        timer.start()
+        assert run("import time; time.sleep(0.8)") == Outcome(0, (), False, False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_launch_ids_are_unique() -> None:
+    assert len({supervise.new_launch_id() for _ in range(100)}) == 100
