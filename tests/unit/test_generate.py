@@ -27,7 +27,7 @@ def test_random_numbers_are_a_function_of_seed_and_position():
     numbers = [uniform(1, position) for position in range(1000)]
     assert numbers == [uniform(1, position) for position in range(1000)]
     assert numbers != [uniform(2, position) for position in range(1000)]
-    assert 0 <= min(numbers) and max(numbers) < 1
+    assert min(numbers) >= 0 and max(numbers) < 1
     assert np.mean(numbers) == pytest.approx(0.5, abs=0.03)
 
 

@@ -69,7 +69,7 @@ def test_release_leaves_a_lock_that_somebody_else_took(tmp_path):
 
 
 def test_a_directory_that_does_not_take_files(tmp_path):
-    with pytest.raises(DiskError, match="choose another run.dir"):
+    with pytest.raises(DiskError, match=r"choose another run\.dir"):
         RunLock(tmp_path / "missing" / "lock.json").acquire()
 
 
