@@ -111,7 +111,7 @@ def floors(modules: list[Module]) -> list[str]:
                 problems.append(f"{module.path}:{line}: {module.room} must not import {target}")
             elif module.room == "schedule" and target not in ("schedule", "errors"):
                 problems.append(f"{module.path}:{line}: schedule imports only errors, not {target}")
-    return problems
+    return list(dict.fromkeys(problems))
 
 
 def rooms(modules: list[Module]) -> list[str]:
