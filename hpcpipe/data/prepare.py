@@ -139,6 +139,8 @@ def _collect(sources: Sequence[str], report: Report | None) -> list[tuple[int, D
         dropped = num_read - len(by_hash)
         duplicates = f", dropped {dropped} duplicate{'s' * (dropped != 1)}" if dropped else ""
         report(f"read {num_read} documents, {num_bytes / 1e6:.1f} MB, from {_describe(sources)}{duplicates}")
+        if len(by_hash) == 1:
+            report("a single document is trained on whole: with two or more, some can be held out")
     return sorted(by_hash.items())
 
 

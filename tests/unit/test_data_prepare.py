@@ -91,6 +91,16 @@ def test_the_same_text_gives_the_same_file_and_digest(tmp_path):
     assert len(one) == 64
 
 
+def test_a_single_document_is_remarked_on(tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").write_text("b")
+    one, two = [], []
+    prepare([str(tmp_path / "a.txt")], tmp_path / "one.h5", one.append)
+    prepare([str(tmp_path / "a.txt"), str(tmp_path / "b.txt")], tmp_path / "two.h5", two.append)
+    assert any("single document" in line for line in one)
+    assert not any("single document" in line for line in two)
+
+
 def test_documents_longer_than_a_block_round_trip(tmp_path):
     rng = np.random.default_rng(3)
     long = [rng.integers(32, 127, size, dtype=np.uint8).tobytes() for size in (524287, 524288, 1_500_001)]
