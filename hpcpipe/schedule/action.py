@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from hpcpipe.errors import UsageError
 
@@ -30,8 +31,7 @@ COMPUTE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W})
 _PATTERN = re.compile(r"([A-Z]+(?:_[A-Z]+)?)(\d+)\.(\d+)")
 
 
-@dataclass(frozen=True, slots=True)
-class Action:
+class Action(NamedTuple):
     """One thing that a rank does: written ``F2.0`` for the forward of stage 2, microbatch 0."""
 
     kind: Kind

@@ -2,8 +2,6 @@
 
 from hpcpipe.schedule.action import Action, Kind, Schedule
 
-_SEND = {Kind.F: Kind.SEND_F, Kind.B: Kind.SEND_B, Kind.I: Kind.SEND_B}
-
 
 def lower(schedule: Schedule, ahead: int = 1) -> Schedule:
     """Add sends and receives to a schedule of compute actions.
@@ -24,42 +22,29 @@ def lower(schedule: Schedule, ahead: int = 1) -> Schedule:
     Schedule
         The same compute actions in the same order, with messages between them.
     """
-    return Schedule(
-        schedule.name,
-        schedule.num_microbatches,
-        schedule.stage_to_rank,
-        tuple(_lower_list(schedule, actions, ahead) for actions in schedule.actions),
-    )
+    stages = range(schedule.num_stages)
+    enters = [schedule.input_crosses(stage) for stage in stages]
+    leaves = [schedule.output_crosses(stage) for stage in stages]
+    # For each kind: which stages receive before it and as what, and which send after it and as what.
+    receives = {Kind.F: (enters, Kind.RECV_F), Kind.B: (leaves, Kind.RECV_B), Kind.I: (leaves, Kind.RECV_B)}
+    sends = {Kind.F: (leaves, Kind.SEND_F), Kind.B: (enters, Kind.SEND_B), Kind.I: (enters, Kind.SEND_B)}
+    silent: tuple[list[bool], Kind] = ([False for _ in stages], Kind.W)
 
-
-def _lower_list(schedule: Schedule, actions: tuple[Action, ...], ahead: int) -> tuple[Action, ...]:
-    lowered: list[Action] = []
-    posted = 0
-    for position, action in enumerate(actions):
-        for later in actions[posted : position + ahead + 1]:
-            lowered += _receive(schedule, later)
-        posted = max(posted, position + ahead + 1)
-        lowered.append(action)
-        lowered += _send(schedule, action)
-    return tuple(lowered)
-
-
-def _receive(schedule: Schedule, action: Action) -> list[Action]:
-    """Return the receive that a compute action needs, if any."""
-    if action.kind is Kind.F and schedule.input_crosses(action.stage):
-        return [Action(Kind.RECV_F, action.stage, action.microbatch)]
-    if action.kind in (Kind.B, Kind.I) and schedule.output_crosses(action.stage):
-        return [Action(Kind.RECV_B, action.stage, action.microbatch)]
-    return []
-
-
-def _send(schedule: Schedule, action: Action) -> list[Action]:
-    """Return the send that follows a compute action, if any."""
-    crosses = {
-        Kind.F: schedule.output_crosses,
-        Kind.B: schedule.input_crosses,
-        Kind.I: schedule.input_crosses,
-    }.get(action.kind)
-    if crosses is None or not crosses(action.stage):
-        return []
-    return [Action(_SEND[action.kind], action.stage, action.microbatch)]
+    lists = []
+    for actions in schedule.actions:
+        lowered: list[Action] = []
+        # A receive is posted when the compute action `ahead` places before its own is reached.
+        for position in range(-ahead, len(actions)):
+            if position + ahead < len(actions):
+                kind, stage, k = actions[position + ahead]
+                crosses, message = receives.get(kind, silent)
+                if crosses[stage]:
+                    lowered.append(Action(message, stage, k))
+            if position >= 0:
+                kind, stage, k = actions[position]
+                lowered.append(actions[position])
+                crosses, message = sends.get(kind, silent)
+                if crosses[stage]:
+                    lowered.append(Action(message, stage, k))
+        lists.append(tuple(lowered))
+    return Schedule(schedule.name, schedule.num_microbatches, schedule.stage_to_rank, tuple(lists))
