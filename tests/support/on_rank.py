@@ -3,6 +3,7 @@
 Without it a rank whose assertion fails leaves the others waiting in MPI for ever.
 """
 
+import atexit
 import faulthandler
 import json
 import os
@@ -78,6 +79,18 @@ class OnRank:
             abort()
 
 
+def start_mpi() -> None:
+    """Start MPI as the program does, for the whole session; importing hpcpipe leaves it to its caller."""
+    import mpi4py
+
+    mpi4py.rc.initialize = mpi4py.rc.finalize = False
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_FUNNELED)
+        atexit.register(MPI.Finalize)
+
+
 def abort() -> None:
     """End all ranks."""
     from mpi4py import MPI
@@ -91,7 +104,10 @@ def abort() -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Take up work when this process is a rank."""
     hint = rank_hint()
-    if hint is None or config.pluginmanager.has_plugin("on-rank"):
+    if config.pluginmanager.has_plugin("on-rank"):
+        return
+    start_mpi()
+    if hint is None:
         return
     die_with_parent()
     directory = Path(os.environ[DIRECTORY]) if DIRECTORY in os.environ else None
