@@ -1,16 +1,30 @@
 """AdamW over the tensors of a stage (Loshchilov & Hutter, arXiv 1711.05101)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from hpcpipe.config.schema import TrainConfig
 from hpcpipe.kernels.adamw import adamw_update
-from hpcpipe.memory.arena import Arena
-from hpcpipe.model.tensors import TensorSpec
 
 EPSILON = 1e-8
 MOMENTS = ("moment1", "moment2")
+Arrays = Mapping[str, np.ndarray]
+
+
+class Tensor(Protocol):
+    """What the optimizer needs to know of a parameter tensor."""
+
+    @property
+    def name(self) -> str:
+        """Its global name."""
+        ...
+
+    @property
+    def decays(self) -> bool:
+        """Whether weight decay applies."""
+        ...
 
 
 class AdamW:
@@ -18,26 +32,24 @@ class AdamW:
 
     Parameters
     ----------
-    tensors : sequence of TensorSpec
+    tensors : sequence of Tensor
         The tensors with storage on this stage.
+    moments : mapping of str to mapping of ndarray
+        ``moment1`` and ``moment2``: running means of the gradient and its square, under global names; the caller's,
+        updated in place.
     train : TrainConfig
         Decay rates of the moments, weight decay.
-
-    Attributes
-    ----------
-    moments : dict of str to Arena
-        ``moment1`` and ``moment2``: running means of the gradient and its square, under global names.
     """
 
-    def __init__(self, tensors: Sequence[TensorSpec], train: TrainConfig) -> None:
+    def __init__(self, tensors: Sequence[Tensor], moments: Mapping[str, Arrays], train: TrainConfig) -> None:
         self._tensors = tensors
+        self._moments = [moments[moment] for moment in MOMENTS]
         self._train = train
-        self.moments = {moment: Arena({tensor.name: tensor.shape for tensor in tensors}) for moment in MOMENTS}
 
     def update(
         self,
-        weights: Mapping[str, np.ndarray],
-        gradients: Mapping[str, np.ndarray],
+        weights: Arrays,
+        gradients: Arrays,
         step: int,
         scale: float,
         learning_rate: float,
@@ -60,8 +72,8 @@ class AdamW:
             adamw_update(
                 weights[tensor.name].reshape(-1),
                 gradients[tensor.name].reshape(-1),
-                self.moments["moment1"].arrays[tensor.name].reshape(-1),
-                self.moments["moment2"].arrays[tensor.name].reshape(-1),
+                self._moments[0][tensor.name].reshape(-1),
+                self._moments[1][tensor.name].reshape(-1),
                 scale,
                 learning_rate,
                 beta1,

@@ -6,32 +6,47 @@ aligned block of a power of two lanes computes a subtree of that sum, so summing
 the bits that one replica would have got. `hpcpipe.mpi.collectives.tree_sum` is the same order over ranks.
 """
 
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+
 from hpcpipe.kernels.reduce import add_into
-from hpcpipe.memory.arena import Arena
-from hpcpipe.model.parameters import Parameters
 
 
-class GradientLanes:
+class Accumulator(Protocol):
+    """Memory for one sum of gradients."""
+
+    @property
+    def flat(self) -> np.ndarray:
+        """All of it, as one array."""
+        ...
+
+
+A = TypeVar("A", bound=Accumulator)
+
+
+class GradientLanes(Generic[A]):
     """The gradient accumulators of one stage of one replica.
 
     Parameters
     ----------
-    parameters : Parameters
-        Gives the shapes.
+    new_accumulator : callable
+        Makes zeroed memory for one sum.
     num_lanes : int
         Lanes of this replica.
     num_microbatches : int
         Microbatches of this replica, a multiple of `num_lanes`.
     """
 
-    def __init__(self, parameters: Parameters, num_lanes: int, num_microbatches: int) -> None:
+    def __init__(self, new_accumulator: Callable[[], A], num_lanes: int, num_microbatches: int) -> None:
         self._per_lane = num_microbatches // num_lanes
         # A counter that stays below num_lanes has at most this many digits set, less one, plus the lane being filled.
-        self._free = [parameters.new_gradients() for _ in range(num_lanes.bit_length())]
-        self._sums: list[tuple[int, Arena]] = []
-        self._current: Arena | None = None
+        self._free = [new_accumulator() for _ in range(num_lanes.bit_length())]
+        self._sums: list[tuple[int, A]] = []
+        self._current: A | None = None
 
-    def current(self, microbatch: int) -> Arena:
+    def current(self, microbatch: int) -> A:
         """Return the accumulator that a microbatch adds to; a new lane's is zero."""
         if microbatch % self._per_lane == 0 and self._current is None:
             self._current = self._free.pop()
@@ -48,7 +63,7 @@ class GradientLanes:
         while len(self._sums) > 1 and self._sums[-1][0] == self._sums[-2][0]:
             self._add_last_two()
 
-    def total(self) -> Arena:
+    def total(self) -> A:
         """Return the sum over all lanes, to be given back with `reset`."""
         while len(self._sums) > 1:
             self._add_last_two()

@@ -3,68 +3,15 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from hpcpipe.model.layer import Arrays, Microbatch
 from hpcpipe.pipeline.pool import Pool
 from hpcpipe.pipeline.stage import Stage, Stash
+from hpcpipe.pipeline.transport import Transport
 from hpcpipe.schedule.action import Action, Kind, Schedule
 from hpcpipe.schedule.buffers import count_buffers
-
-
-class Channel(Protocol):
-    """How messages travel between ranks; `hpcpipe.mpi.messages.Messages` is one."""
-
-    def post_receive(self, action: Action, buffer: np.ndarray) -> None:
-        """Post a receive into a buffer."""
-        ...
-
-    def start_send(self, action: Action, buffer: np.ndarray) -> None:
-        """Start a send from a buffer."""
-        ...
-
-    def wait_received(self, action: Action) -> None:
-        """Wait for a posted receive."""
-        ...
-
-    def wait_sent(self, action: Action) -> None:
-        """Wait until a started send has left its buffer."""
-        ...
-
-    def sent(self, action: Action) -> bool:
-        """Return whether a started send has left its buffer."""
-        ...
-
-    def poll(self) -> None:
-        """Let messages move."""
-        ...
-
-
-class NoChannel:
-    """The channel of a pipeline of one stage, which has no messages."""
-
-    def post_receive(self, action: Action, buffer: np.ndarray) -> None:
-        """Refuse: there is no other rank."""
-        raise AssertionError(f"{action} in a pipeline of one rank")
-
-    start_send = post_receive
-
-    def wait_received(self, action: Action) -> None:
-        """Refuse: there is no other rank."""
-        raise AssertionError(f"{action} in a pipeline of one rank")
-
-    def wait_sent(self, action: Action) -> None:
-        """Refuse: there is no other rank."""
-        raise AssertionError(f"{action} in a pipeline of one rank")
-
-    def sent(self, action: Action) -> bool:
-        """Refuse: there is no other rank."""
-        raise AssertionError(f"{action} in a pipeline of one rank")
-
-    def poll(self) -> None:
-        """Do nothing."""
 
 
 @dataclass
@@ -100,7 +47,7 @@ class Executor:
         This rank's place in the pipeline.
     stages : mapping of int to Stage
         The stages that this rank holds.
-    channel : Channel
+    transport : Transport
         Carries the messages.
     work : Work
         Gives microbatches and gradient buffers.
@@ -112,12 +59,12 @@ class Executor:
     """
 
     def __init__(
-        self, schedule: Schedule, rank: int, stages: Mapping[int, Stage], channel: Channel, work: Work
+        self, schedule: Schedule, rank: int, stages: Mapping[int, Stage], transport: Transport, work: Work
     ) -> None:
         self._schedule = schedule
         self._actions = schedule.actions[rank]
         self._stages = stages
-        self._channel = channel
+        self._transport = transport
         self._work = work
         self.run_s = 0.0
         counts = count_buffers(schedule, rank)
@@ -159,7 +106,7 @@ class Executor:
         key = (action.stage, action.microbatch)
         stage, microbatch = self._stages[action.stage], self._work.load(action.microbatch)
         if self._schedule.input_crosses(action.stage):
-            self._channel.wait_received(Action(Kind.RECV_F, *key))
+            self._transport.wait(Action(Kind.RECV_F, *key))
         elif action.stage == 0:
             self._x[key] = self._unused
         else:
@@ -167,7 +114,7 @@ class Executor:
         is_last = action.stage + 1 == self._schedule.num_stages
         out = self._unused if is_last else self._take()
         stash = self._stash[key] = self._stashes[action.stage].take()
-        stage.forward(microbatch, self._x[key], out, stash, self._channel.poll)
+        stage.forward(microbatch, self._x[key], out, stash, self._transport.poll)
         if not is_last:
             self._out[key] = out
         if self._schedule.is_forward_only:
@@ -183,7 +130,7 @@ class Executor:
             self._stash[key],
             self._shared[action.stage],
             self._work.gradients(*key),
-            self._channel.poll,
+            self._transport.poll,
         )
         self._leave_backward(key, d)
         self._work.finished(*key, microbatch, self._stash[key])
@@ -193,7 +140,7 @@ class Executor:
         key, d, microbatch = self._enter_backward(action)
         upstream = self._upstream[key] = self._upstreams[action.stage].take()
         self._stages[action.stage].backward_input(
-            microbatch, self._x[key], d, self._stash[key], upstream, self._channel.poll
+            microbatch, self._x[key], d, self._stash[key], upstream, self._transport.poll
         )
         self._leave_backward(key, d)
 
@@ -201,7 +148,7 @@ class Executor:
         key = (action.stage, action.microbatch)
         microbatch, upstream = self._work.load(action.microbatch), self._upstream.pop(key)
         self._stages[action.stage].backward_weight(
-            microbatch, self._x[key], self._stash[key], upstream, self._work.gradients(*key), self._channel.poll
+            microbatch, self._x[key], self._stash[key], upstream, self._work.gradients(*key), self._transport.poll
         )
         self._upstreams[action.stage].give_back(upstream)
         self._work.finished(*key, microbatch, self._stash[key])
@@ -211,7 +158,7 @@ class Executor:
         """Get the gradient of a stage's output: from a message, from the next stage here, or from the loss."""
         key = (action.stage, action.microbatch)
         if self._schedule.output_crosses(action.stage):
-            self._channel.wait_received(Action(Kind.RECV_B, *key))
+            self._transport.wait(Action(Kind.RECV_B, *key))
             d = self._d.pop(key)
         elif action.stage + 1 == self._schedule.num_stages:
             d = self._take()
@@ -231,11 +178,11 @@ class Executor:
 
     def _receive_input(self, action: Action) -> None:
         buffer = self._x[action.stage, action.microbatch] = self._take()
-        self._channel.post_receive(action, buffer)
+        self._transport.post_receive(action, buffer)
 
     def _receive_gradient(self, action: Action) -> None:
         buffer = self._d[action.stage, action.microbatch] = self._take()
-        self._channel.post_receive(action, buffer)
+        self._transport.post_receive(action, buffer)
 
     def _send_output(self, action: Action) -> None:
         self._send(action, self._out.pop((action.stage, action.microbatch)))
@@ -244,12 +191,12 @@ class Executor:
         self._send(action, self._d.pop((action.stage, action.microbatch)))
 
     def _send(self, action: Action, buffer: np.ndarray) -> None:
-        self._channel.start_send(action, buffer)
+        self._transport.start_send(action, buffer)
         self._leaving.append((action, buffer))
 
     def _take(self) -> np.ndarray:
         """Take a stream, after collecting those whose messages have left."""
-        while self._leaving and self._channel.sent(self._leaving[0][0]):
+        while self._leaving and self._transport.is_complete(self._leaving[0][0]):
             self._collect_oldest()
         while not self._streams:
             self._collect_oldest()
@@ -257,7 +204,7 @@ class Executor:
 
     def _collect_oldest(self) -> None:
         send, buffer = self._leaving.pop(0)
-        self._channel.wait_sent(send)
+        self._transport.wait(send)
         self._streams.give_back(buffer)
 
     def _release(self, key: Key) -> None:

@@ -7,8 +7,8 @@ import numpy as np
 
 from hpcpipe.memory.arena import Arena
 from hpcpipe.model.layer import Arrays, Buffers, Layer, Microbatch, Poll
-from hpcpipe.model.parameters import Parameters
 from hpcpipe.model.tensors import BufferShapes
+from hpcpipe.pipeline.parameters import Parameters
 
 
 @dataclass

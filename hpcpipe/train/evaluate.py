@@ -7,11 +7,12 @@ import numpy as np
 
 from hpcpipe.data.windows import HeldOut
 from hpcpipe.model.layer import Arrays, Microbatch
+from hpcpipe.mpi.channel import Channel, MessageMode
 from hpcpipe.mpi.collectives import gather_rows
 from hpcpipe.mpi.grid import Grid
-from hpcpipe.mpi.messages import MessageMode, Messages
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.pipeline.executor import Executor, Work
+from hpcpipe.pipeline.messages import Messages
 from hpcpipe.pipeline.stage import Stage, Stash
 from hpcpipe.schedule.build import build
 from hpcpipe.train.batches import held_out_loader
@@ -66,7 +67,7 @@ class Evaluator:
         stage = Stage(state.layers, state.parameters, batch, context, state.config.model.width)
         load = held_out_loader(held_out, grid.replica * num_microbatches, batch, context)
         self._losses = np.zeros(num_microbatches)
-        messages = Messages(grid.pipeline_comm, schedule, waiter, mode)
+        messages = Messages(Channel(grid.pipeline_comm, waiter, mode), schedule)
         self._executor = Executor(
             schedule,
             grid.stage_rank,

@@ -5,8 +5,9 @@ import numpy as np
 from hpcpipe.data.compression import baseline
 from hpcpipe.data.tokenizer import tokenizer_named
 from hpcpipe.data.windows import HeldOut
+from hpcpipe.mpi.channel import Channel
 from hpcpipe.mpi.collectives import gather_rows
-from hpcpipe.mpi.messages import Messages
+from hpcpipe.pipeline.messages import Messages
 from hpcpipe.schedule.build import build
 from hpcpipe.train.evaluate import Evaluation
 from hpcpipe.train.generate import Generator
@@ -43,12 +44,12 @@ def show_sample(session: Session, state: State, tokenizer_name: str) -> None:
         return
     tokenizer = tokenizer_named(tokenizer_name)
     schedule = build("forward", grid.pipeline, 1)
-    channel = Messages(grid.pipeline_comm, schedule, session.waiter, session.mode)
+    messages = Messages(Channel(grid.pipeline_comm, session.waiter, session.mode), schedule)
 
     def share(token: int) -> int:
         return int(gather_rows(grid.pipeline_comm, session.waiter, np.array([token]))[-1, 0])
 
-    generator = Generator(state, schedule, grid.stage_rank, channel, share)
+    generator = Generator(state, schedule, grid.stage_rank, messages, share)
     tokens = generator.run([tokenizer.separator], config.train.sample_tokens, _TEMPERATURE, config.run.seed)
     session.console.say(f"a sample at temperature {_TEMPERATURE}:")
     session.console.say(tokenizer.decode(tokens))

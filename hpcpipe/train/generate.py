@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from hpcpipe.model.layer import Microbatch
-from hpcpipe.pipeline.executor import Channel, Executor, Work
+from hpcpipe.pipeline.executor import Executor, Work
 from hpcpipe.pipeline.stage import Stage, Stash
+from hpcpipe.pipeline.transport import Transport
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.train.batches import empty_microbatch
 from hpcpipe.train.evaluate import no_gradients
@@ -27,13 +28,13 @@ class Generator:
         Forward-only, with one microbatch.
     stage_rank : int
         This rank's place in the pipeline.
-    channel : Channel
+    transport : Transport
         Carries the messages.
     share : callable
         Given the token that the last stage chose (any number elsewhere), returns it on every rank of the pipeline.
     """
 
-    def __init__(self, state: State, schedule: Schedule, stage_rank: int, channel: Channel, share: Share) -> None:
+    def __init__(self, state: State, schedule: Schedule, stage_rank: int, transport: Transport, share: Share) -> None:
         self._state = state
         self._context = state.config.model.context
         self._share = share
@@ -43,7 +44,7 @@ class Generator:
         self._logits = np.zeros(state.config.model.vocab, np.float32)
         stage = Stage(state.layers, state.parameters, 1, self._context, state.config.model.width)
         work = Work(load=self._load, gradients=no_gradients, finished=self._keep_logits)
-        self._executor = Executor(schedule, stage_rank, {stage_rank: stage}, channel, work)
+        self._executor = Executor(schedule, stage_rank, {stage_rank: stage}, transport, work)
 
     def run(
         self, prompt: Sequence[int], num_tokens: int, temperature: float, seed: int, end: int | None = None

@@ -18,9 +18,9 @@ from hpcpipe.kernels import warm
 from hpcpipe.model.gpt2 import count_parameters
 from hpcpipe.mpi import runtime
 from hpcpipe.mpi.agree import together
+from hpcpipe.mpi.channel import MessageMode
 from hpcpipe.mpi.collectives import barrier
 from hpcpipe.mpi.grid import make_grid
-from hpcpipe.mpi.messages import MessageMode
 from hpcpipe.mpi.runtime import World
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.telemetry.console import Console

@@ -9,7 +9,7 @@ from hpcpipe.checkpoint.verify import verify
 from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig
 from hpcpipe.data.tokenizer import tokenizer_named
 from hpcpipe.errors import DamagedError
-from hpcpipe.pipeline.executor import NoChannel
+from hpcpipe.pipeline.transport import NoTransport
 from hpcpipe.schedule.build import build
 from hpcpipe.train.generate import Generator
 from hpcpipe.train.load import load_weights
@@ -46,6 +46,6 @@ def sample(path: Path, prompt: str, num_tokens: int, temperature: float, seed: i
     state = build_state(Config(model=model, parallel=ParallelConfig(pipeline=1)), 0)
     load_weights(state, sound, manifest)
     tokenizer = tokenizer_named(header["data"]["tokenizer"])
-    generator = Generator(state, build("forward", 1, 1), 0, NoChannel(), lambda token: token)
+    generator = Generator(state, build("forward", 1, 1), 0, NoTransport(), lambda token: token)
     tokens = [int(token) for token in tokenizer.encode(prompt)]
     return prompt + tokenizer.decode(generator.run(tokens, num_tokens, temperature, seed, end=tokenizer.separator))

@@ -2,11 +2,9 @@
 
 import json
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import h5py
-import numpy as np
 
 import hpcpipe
 from hpcpipe.checkpoint.layout import Piece
@@ -90,8 +88,7 @@ def _header(state: State, grid: Grid, data: dict[str, str]) -> dict[str, Any]:
         "versions": {
             "hpcpipe": hpcpipe.__version__,
             "python": platform.python_version(),
-            "numpy": np.__version__,
-            "h5py": h5py.__version__,
+            **{name: version(name) for name in ("numpy", "scipy", "numba", "h5py", "mpi4py")},
             "mpi": library_version(),
         },
     }

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import ExitCode
+from hpcpipe.mpi.channel import MessageMode
 from hpcpipe.mpi.grid import Grid
-from hpcpipe.mpi.messages import MessageMode
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcpipe.config.schema import Config
+from hpcpipe.memory.arena import Arena
 from hpcpipe.model.gpt2 import build_layers
 from hpcpipe.model.initial import fill_initial
 from hpcpipe.model.layer import Layer
-from hpcpipe.model.parameters import Parameters
 from hpcpipe.model.partition import partition
 from hpcpipe.model.tensors import TensorSpec
 from hpcpipe.optim.adamw import MOMENTS, AdamW
+from hpcpipe.pipeline.parameters import Parameters
 
 WEIGHT = "weight"
 
@@ -31,8 +32,10 @@ class State:
         The layers of this rank's stage.
     parameters : Parameters
         Their weights.
+    moments : dict of str to Arena
+        AdamW's two moments of each stored tensor.
     optimizer : AdamW
-        Their moments.
+        Updates both.
     step : int
         Last finished step.
     """
@@ -41,6 +44,7 @@ class State:
     model: tuple[Layer, ...]
     layer_range: range
     parameters: Parameters
+    moments: dict[str, Arena]
     optimizer: AdamW
     step: int = 0
 
@@ -57,7 +61,7 @@ class State:
         """Yield a stored tensor's weight and moments with the names of their kinds."""
         yield WEIGHT, self.parameters.weights.arrays[tensor.name]
         for moment in MOMENTS:
-            yield moment, self.optimizer.moments[moment].arrays[tensor.name]
+            yield moment, self.moments[moment].arrays[tensor.name]
 
     def fill_initial(self) -> None:
         """Set the starting weights; the moments are zero."""
@@ -86,4 +90,7 @@ def build_state(config: Config, stage_rank: int) -> State:
     ranges = partition(model, config.parallel.pipeline, None if isinstance(cut, str) else cut)
     layer_range = ranges[stage_rank]
     parameters = Parameters(model[layer_range.start : layer_range.stop])
-    return State(config, model, layer_range, parameters, AdamW(parameters.layout.stored, config.train))
+    stored = parameters.layout.stored
+    moments = {moment: Arena({tensor.name: tensor.shape for tensor in stored}) for moment in MOMENTS}
+    optimizer = AdamW(stored, {moment: arena.arrays for moment, arena in moments.items()}, config.train)
+    return State(config, model, layer_range, parameters, moments, optimizer)

@@ -11,14 +11,15 @@ from hpcpipe.kernels.reduce import add_into, sum_of_squares
 from hpcpipe.memory.arena import Arena
 from hpcpipe.model.embedding import TOKEN_TABLE
 from hpcpipe.model.layer import Arrays, Microbatch
+from hpcpipe.mpi.channel import Channel, MessageMode
 from hpcpipe.mpi.collectives import exchange, gather_rows, sum_over_ranks
 from hpcpipe.mpi.grid import Grid
-from hpcpipe.mpi.messages import MessageMode, Messages
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.optim.clip import clip_factor, global_norm
 from hpcpipe.optim.lanes import GradientLanes
 from hpcpipe.optim.learning_rate import learning_rate
 from hpcpipe.pipeline.executor import Executor, Work
+from hpcpipe.pipeline.messages import Messages
 from hpcpipe.pipeline.stage import Stage, Stash
 from hpcpipe.schedule.build import build
 from hpcpipe.train.batches import TrainingBatches
@@ -77,7 +78,9 @@ class Trainer:
         self._waiter = waiter
         self._batches = batches
         self._num_microbatches = config.parallel.microbatches // grid.data
-        self._lanes = GradientLanes(state.parameters, config.parallel.lanes // grid.data, self._num_microbatches)
+        self._lanes = GradientLanes(
+            state.parameters.new_gradients, config.parallel.lanes // grid.data, self._num_microbatches
+        )
         self._layer_gradients: dict[int, list[Arrays]] = {}
         schedule = build(config.parallel.schedule, grid.pipeline, self._num_microbatches)
         stage = Stage(
@@ -89,7 +92,7 @@ class Trainer:
             recompute=config.train.recompute == "full",
         )
         work = Work(load=self._load, gradients=self._gradients, finished=self._finished)
-        messages = Messages(grid.pipeline_comm, schedule, waiter, mode)
+        messages = Messages(Channel(grid.pipeline_comm, waiter, mode), schedule)
         self._executor = Executor(schedule, grid.stage_rank, {grid.stage_rank: stage}, messages, work)
         # Every rank sends one row per step, so its parts have the same place and length on all ranks.
         self._order = {tensor.name: i for i, tensor in enumerate(t for layer in state.model for t in layer.tensors)}

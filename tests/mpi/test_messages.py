@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from hpcpipe.errors import UsageError
-from hpcpipe.mpi.messages import MessageMode, Messages
+from hpcpipe.mpi.channel import Channel, MessageMode
 from hpcpipe.mpi.wait import Waiter
+from hpcpipe.pipeline.messages import Messages
 from hpcpipe.schedule.action import Action, Kind
 from hpcpipe.schedule.build import build
 
@@ -21,7 +22,7 @@ def value_of(kind, stage, microbatch):
 @pytest.mark.parametrize("size", [1, 5000])
 def test_every_message_reaches_the_receive_that_was_meant(comm, mode, name, size):
     schedule = build(name, comm.size, comm.size + 1)
-    messages = Messages(comm, schedule, Waiter(60.0), mode)
+    messages = Messages(Channel(comm, Waiter(60.0), mode), schedule)
     received = {}
     for action in schedule.actions[comm.rank]:
         key = (action.stage, action.microbatch)
@@ -32,33 +33,33 @@ def test_every_message_reaches_the_receive_that_was_meant(comm, mode, name, size
             messages.start_send(action, np.full(size, value_of(action.kind, *key), np.float32))
         elif action.kind is Kind.F and schedule.input_crosses(action.stage):
             receive = Action(Kind.RECV_F, *key)
-            messages.wait_received(receive)
+            messages.wait(receive)
             assert (received[receive] == value_of(Kind.SEND_F, key[0] - 1, key[1])).all()
         elif action.kind is Kind.B and schedule.output_crosses(action.stage):
             receive = Action(Kind.RECV_B, *key)
-            messages.wait_received(receive)
+            messages.wait(receive)
             assert (received[receive] == value_of(Kind.SEND_B, key[0] + 1, key[1])).all()
         messages.poll()
     for action in schedule.actions[comm.rank]:
         if action.kind in (Kind.SEND_F, Kind.SEND_B):
-            messages.wait_sent(action)
-            assert messages.sent(action)
+            messages.wait(action)
+            assert messages.is_complete(action)
 
 
 def test_a_synchronous_send_waits_for_its_receive(comm):
     schedule = build("forward", comm.size, 1)
-    messages = Messages(comm, schedule, Waiter(60.0), MessageMode(synchronous=True))
+    messages = Messages(Channel(comm, Waiter(60.0), MessageMode(synchronous=True)), schedule)
     if comm.rank == 0:
         send = Action(Kind.SEND_F, 0, 0)
         messages.start_send(send, np.ones(1, np.float32))
-        assert not any(messages.sent(send) for _ in range(100))
+        assert not any(messages.is_complete(send) for _ in range(100))
         comm.Isend(np.zeros(1), 1, 10_000).Wait()
-        messages.wait_sent(send)
+        messages.wait(send)
     elif comm.rank == 1:
         comm.Recv(np.empty(1), 0, 10_000)
         buffer = np.empty(1, np.float32)
         messages.post_receive(Action(Kind.RECV_F, 1, 0), buffer)
-        messages.wait_received(Action(Kind.RECV_F, 1, 0))
+        messages.wait(Action(Kind.RECV_F, 1, 0))
         assert buffer[0] == 1
 
 

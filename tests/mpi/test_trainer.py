@@ -6,8 +6,8 @@ from mpi4py import MPI
 
 from hpcpipe.config.check import resolve
 from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
+from hpcpipe.mpi.channel import MessageMode
 from hpcpipe.mpi.grid import make_grid
-from hpcpipe.mpi.messages import MessageMode
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.state import build_state

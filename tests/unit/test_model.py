@@ -9,8 +9,8 @@ from hpcpipe.config.schema import ModelConfig
 from hpcpipe.model.gpt2 import build_layers, count_parameters
 from hpcpipe.model.initial import fill_initial
 from hpcpipe.model.layer import Microbatch
-from hpcpipe.model.parameters import Parameters
 from hpcpipe.model.partition import balance, partition
+from hpcpipe.pipeline.parameters import Parameters
 from hpcpipe.pipeline.stage import Stage
 
 MODEL = ModelConfig(layers=2, width=12, heads=3, context=7, vocab=11, tied=True)

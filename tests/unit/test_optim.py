@@ -7,12 +7,12 @@ import pytest
 
 from hpcpipe.config.schema import ModelConfig, TrainConfig
 from hpcpipe.model.gpt2 import build_layers
-from hpcpipe.model.parameters import Parameters
 from hpcpipe.mpi.collectives import tree_sum
-from hpcpipe.optim.adamw import AdamW
+from hpcpipe.optim.adamw import MOMENTS, AdamW
 from hpcpipe.optim.clip import clip_factor, global_norm
 from hpcpipe.optim.lanes import GradientLanes
 from hpcpipe.optim.learning_rate import learning_rate
+from hpcpipe.pipeline.parameters import Parameters
 
 TRAIN = TrainConfig(learning_rate=1.0, min_learning_rate=0.1, warmup_steps=10, decay_steps=110)
 
@@ -41,7 +41,7 @@ def test_the_norm_adds_in_order_and_clips():
 def add_up(num_lanes, contributions):
     """Feed one random gradient per microbatch through lanes and return the sum's bits."""
     parameters = Parameters(build_layers(ModelConfig(layers=1, width=4, heads=2, context=3, vocab=5)))
-    lanes = GradientLanes(parameters, num_lanes, len(contributions))
+    lanes = GradientLanes(parameters.new_gradients, num_lanes, len(contributions))
     for _ in range(2):  # the second step must not see the first
         for index, contribution in enumerate(contributions):
             lanes.current(index).flat[:] += contribution[: lanes.current(index).flat.size]
@@ -74,7 +74,8 @@ def test_adamw_decays_matrices_only_and_moves_against_the_gradient():
     parameters = Parameters(build_layers(ModelConfig(layers=1, width=4, heads=2, context=3, vocab=5)))
     stored = parameters.layout.stored
     parameters.weights.flat.fill(1.0)
-    optimizer = AdamW(stored, TrainConfig(weight_decay=0.5))
+    moments = {moment: parameters.new_gradients().arrays for moment in MOMENTS}
+    optimizer = AdamW(stored, moments, TrainConfig(weight_decay=0.5))
     gradients = parameters.new_gradients().arrays
     for tensor in stored:
         gradients[tensor.name].fill(3.0 if tensor.name == "head/norm/bias" else 0.0)
