@@ -93,4 +93,5 @@ def _report(error: HpcpipeError) -> None:
         # Where rank 0 has met the same error it prints and ends, and the launcher ends this rank while it waits.
         time.sleep(_FIRST_SPEAKER_S)
         where = f"rank {hint[0]} on {os.uname().nodename}: "
-    print(f"hpcpipe: error: {where}{error}", file=sys.stderr, flush=True)
+    kind = "stopped" if error.exit_code is ExitCode.STOPPED else "error"
+    print(f"hpcpipe: {kind}: {where}{error}", file=sys.stderr, flush=True)
