@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import hpcpipe
 from hpcpipe.cli.parser import Parser, nearest
-from hpcpipe.errors import ExitCode, RankError, StoppedError, UsageError
+from hpcpipe.errors import DiskError, ExitCode, HpcpipeError, RankError, StoppedError, UsageError
 
 if TYPE_CHECKING:
     from hpcpipe.cluster.supervise import Outcome
@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
 def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpirun_args: Sequence[str] = ()) -> int:
     """Start a program on ranks and wait for its end.
 
+    Where this launch's ``status.json`` still says that the run is running, it is brought to its end.
+
     Parameters
     ----------
     program : sequence of str
@@ -128,7 +130,13 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
         return Progress.RUNNING if status.exit_code is None else Progress.FINAL
 
     outcome = supervise(command, environ, progress)
-    return conclude(outcome, read_status(directory, launch_id))
+    try:
+        code = conclude(outcome, read_status(directory, launch_id))
+    except HpcpipeError as error:
+        _end_status(directory, launch_id, error.exit_code, str(error))
+        raise
+    _end_status(directory, launch_id, code, _story(outcome))
+    return code
 
 
 def conclude(outcome: "Outcome", status: Status | None) -> int:
@@ -227,6 +235,15 @@ def python_command() -> list[str]:
     package_parent = Path(hpcpipe.__file__).resolve().parent.parent
     # -m puts the current folder first on the path, where a user's random.py would hide the library's.
     return [sys.executable] if package_parent == Path.cwd() else [sys.executable, "-P"]
+
+
+def _end_status(directory: Path | None, launch_id: str, code: int, cause: str) -> None:
+    """Say in ``status.json`` how the run ended, where its ranks were ended before they could."""
+    from hpcpipe.telemetry.status import end_status
+
+    if directory is not None:
+        with contextlib.suppress(DiskError):
+            end_status(directory, launch_id, code, cause)
 
 
 def _terminal() -> tuple[int, int] | None:

@@ -11,7 +11,7 @@ from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.files import append_line, read_lines, write_whole
 from hpcpipe.telemetry.metrics import MetricsLog
-from hpcpipe.telemetry.status import write_status
+from hpcpipe.telemetry.status import end_status, write_status
 
 ROW = {
     "step": 7,
@@ -54,6 +54,20 @@ def test_status(tmp_path, monkeypatch):
         assert (status["state"], status["step"], status["cause"]) == (state, 3, "because")
         assert status["exit_code"] == (None if code is None else int(code))
         assert status["launch_id"] == "abc"
+
+
+def test_the_end_of_a_run_that_could_not_write_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPCPIPE_LAUNCH_ID", "abc")
+    end_status(tmp_path, "abc", ExitCode.RANK_FAILED, "no file")
+    assert not (tmp_path / "status.json").exists()
+    write_status(tmp_path, 3, None)
+    end_status(tmp_path, "another", ExitCode.RANK_FAILED, "not ours")
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"
+    end_status(tmp_path, "abc", ExitCode.RANK_FAILED, "rank 1 died")
+    end_status(tmp_path, "abc", ExitCode.DONE, "too late")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["step"], status["exit_code"]) == ("failed", 3, 71)
+    assert (status["cause"], status["launch_id"]) == ("rank 1 died", "abc")
 
 
 def test_a_refused_write_keeps_the_earlier_file(tmp_path):
