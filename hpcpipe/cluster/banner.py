@@ -52,6 +52,7 @@ class BannerFilter:
     def __init__(self) -> None:
         self.failures: list[Failure] = []
         self._held = b""
+        self._is_behind_block = False
 
     @property
     def is_holding(self) -> bool:
@@ -71,12 +72,16 @@ class BannerFilter:
         bytes
             Text to show, in order.
         """
+        if self._is_behind_block:
+            # mpirun ends a block with a zero byte, often in a write of its own.
+            chunk = chunk.removeprefix(b"\0")
         text, self._held = self._held + chunk, b""
         shown = []
         while match := _BANNER.search(text):
             shown.append(text[: match.start()])
             self.failures.append(_failure(match))
             text = text[match.end() :]
+        self._is_behind_block = bool(shown) and not text
         start = _possible_start(text)
         self._held = text[start:]
         return b"".join([*shown, text[:start]])
