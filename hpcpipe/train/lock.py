@@ -91,6 +91,14 @@ class RunLock:
                 return
 
 
+def is_held_by_another(path: Path) -> bool:
+    """Return whether a lock file's holder is alive and not this process."""
+    holder = _read(path)
+    if holder is None or (holder["host"], holder["pid"]) == (socket.gethostname(), os.getpid()):
+        return False
+    return _is_alive(holder, path)
+
+
 def _identity() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),

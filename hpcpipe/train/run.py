@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.evaluate import Evaluator
 from hpcpipe.train.finish import show_compression, show_sample
-from hpcpipe.train.lock import RunLock
+from hpcpipe.train.lock import RunLock, is_held_by_another
 from hpcpipe.train.loop import Loop
 from hpcpipe.train.peak import measure_peak_flops
 from hpcpipe.train.restore import restore
@@ -41,6 +42,9 @@ from hpcpipe.train.step import Trainer
 from hpcpipe.train.stop import StopRequest
 
 MESSAGES = "HPCPIPE_TEST_MESSAGES"
+
+_SPEAK_S = 0.25
+_LONGEST_SPEAK_S = 2.0
 
 
 def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
@@ -68,16 +72,19 @@ def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
     try:
         code = _train(world, config_path, overrides, resume)
     except HpcpipeError as error:
+        if not error.on_all_ranks:
+            _let_lower_ranks_speak(world)
         if world.rank == 0 or not error.on_all_ranks:
             _tell(world, error)
-            _write_last_status(directory, error)
+            _write_last_status(world, directory, error)
         code = error.exit_code
         if not error.on_all_ranks:
             runtime.abort(code)
     except BaseException as error:
+        _let_lower_ranks_speak(world)
         runtime.report_traceback(world)
         cause = f"rank {world.rank}: {type(error).__name__}: {error}"
-        _write_last_status(directory, HpcpipeError(cause))
+        _write_last_status(world, directory, HpcpipeError(cause))
         runtime.abort(ExitCode.RANK_FAILED)
         raise
     runtime.stop(world)
@@ -247,6 +254,11 @@ def _changes(header: dict[str, object], state: State, tokens: TokenFile) -> list
     return warnings
 
 
+def _let_lower_ranks_speak(world: World) -> None:
+    """Wait a moment: if a lower rank met the same error, it tells it and ends this rank meanwhile."""
+    time.sleep(min(_SPEAK_S * world.rank, _LONGEST_SPEAK_S))
+
+
 def _tell(world: World, error: HpcpipeError) -> None:
     """Print an error once, with its rank if only one rank met it."""
     where = "" if error.on_all_ranks else f"rank {world.rank} of {world.size}: "
@@ -255,9 +267,12 @@ def _tell(world: World, error: HpcpipeError) -> None:
     sys.stderr.flush()
 
 
-def _write_last_status(directory: Path | None, error: HpcpipeError) -> None:
+def _write_last_status(world: World, directory: Path | None, error: HpcpipeError) -> None:
     """Say in the run directory why the run ended, unless the directory is another run's."""
     if directory is None or isinstance(error, InUseError):
+        return
+    # A wrong configuration is found before the lock is taken: the directory may be that of a run under way.
+    if world.rank == 0 and is_held_by_another(RunDirectory(directory).lock):
         return
     try:
         directory.mkdir(parents=True, exist_ok=True)

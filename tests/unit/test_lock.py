@@ -10,7 +10,7 @@ import time
 import pytest
 
 from hpcpipe.errors import DiskError, InUseError
-from hpcpipe.train.lock import RunLock
+from hpcpipe.train.lock import RunLock, _process_start, is_held_by_another
 
 
 def hold(path, **changes):
@@ -66,6 +66,19 @@ def test_release_leaves_a_lock_that_somebody_else_took(tmp_path):
     hold(tmp_path / "lock.json", pid=99)
     lock.release()
     assert json.loads((tmp_path / "lock.json").read_text())["pid"] == 99
+
+
+def test_whether_another_run_is_alive(tmp_path):
+    path = tmp_path / "lock.json"
+    assert not is_held_by_another(path)
+    lock = RunLock(path)
+    lock.acquire()
+    assert not is_held_by_another(path)
+    lock.release()
+    hold(path, pid=os.getppid(), process_start=_process_start(os.getppid()))
+    assert is_held_by_another(path)
+    hold(path, pid=os.getppid(), process_start="0")
+    assert not is_held_by_another(path)
 
 
 def test_a_directory_that_does_not_take_files(tmp_path):
