@@ -8,6 +8,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from hpcpipe.cluster.environment import rank_hint, terminal_size
 
+_SMOOTHING = 0.1
+
 
 class Console:
     """Rank 0's voice; the other ranks have a quiet one.
@@ -31,6 +33,7 @@ class Console:
             highlight=False,
         )
         self._progress: Progress | None = None
+        self._mean_step_s = 0.0
 
     def say(self, text: str) -> None:
         """Show a line of text."""
@@ -65,7 +68,8 @@ class Console:
             numbers = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  bubble {row['bubble']:.0%}"
             self._progress.update(self._task, completed=row["step"], numbers=numbers)
             return
-        left_s = (self._steps - row["step"]) * row["step_s"]
+        self._mean_step_s += (row["step_s"] - self._mean_step_s) * (_SMOOTHING if self._mean_step_s else 1.0)
+        left_s = (self._steps - row["step"]) * self._mean_step_s
         self.say(
             f"step {row['step']:>{len(str(self._steps))}}/{self._steps}  loss {row['loss']:.4f}"
             f"  grad norm {row['grad_norm']:.3f}  learning rate {row['learning_rate']:.2e}"
