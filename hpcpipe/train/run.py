@@ -1,6 +1,7 @@
 """A training run from start to end, on every rank."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ from hpcpipe.train.stop import StopRequest
 
 MESSAGES = "HPCPIPE_TEST_MESSAGES"
 
-_SPEAK_S = 0.25
+_SPEAK_S = 0.5
 _LONGEST_SPEAK_S = 2.0
 
 
@@ -256,6 +257,8 @@ def _changes(header: dict[str, object], state: State, tokens: TokenFile) -> list
 
 def _let_lower_ranks_speak(world: World) -> None:
     """Wait a moment: if a lower rank met the same error, it tells it and ends this rank meanwhile."""
+    # The launcher ends ranks with SIGTERM, which so far was a request to stop after the step.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(min(_SPEAK_S * world.rank, _LONGEST_SPEAK_S))
 
 
