@@ -19,7 +19,6 @@ Check = Callable[[Config, int], str | None]
 
 CHOICES = {
     "model.kind": ("gpt2",),
-    "parallel.schedule": ("gpipe", "1f1b"),
     "train.precision": ("auto", "f32"),
     "train.recompute": ("none", "full"),
     "telemetry.console": ("auto", "terminal", "lines", "quiet"),
@@ -30,7 +29,6 @@ POSITIVE = (
     "model.heads",
     "model.context",
     "parallel.data",
-    "parallel.chunks",
     "parallel.microbatches",
     "parallel.microbatch_size",
     "parallel.threads",
@@ -73,6 +71,31 @@ def resolve(config: Config, world_size: int) -> Config:
     for check in GRID_CHECKS:
         _require(check(resolved, world_size))
     return resolved
+
+
+def check_stages(config: Config, num_stages: int) -> Config:
+    """Check that a model fills the stages of a schedule.
+
+    Parameters
+    ----------
+    config : Config
+        A resolved configuration.
+    num_stages : int
+        Stages of the schedule, over all ranks of a pipeline.
+
+    Returns
+    -------
+    Config
+        With `parallel.chunks` filled in.
+
+    Raises
+    ------
+    UsageError
+        There are fewer layers than stages, or a partition by hand does not fit.
+    """
+    for check in (layers_fill_the_stages, partition_covers_the_layers):
+        _require(check(config, num_stages))
+    return replace(config, parallel=replace(config.parallel, chunks=num_stages // config.parallel.pipeline))
 
 
 def check_data(config: Config, vocab: int, max_id: int = -1) -> Config:
@@ -169,14 +192,6 @@ def _heads_divide_width(config: Config, world_size: int) -> str | None:
     )
 
 
-def _one_chunk(config: Config, world_size: int) -> str | None:
-    chunks = config.parallel.chunks
-    if chunks == 1:
-        return None
-    schedule = config.parallel.schedule
-    return f"parallel.chunks = {chunks}: the schedule {schedule} puts one stage on each rank: set parallel.chunks = 1"
-
-
 def _one_thread(config: Config, world_size: int) -> str | None:
     threads = config.parallel.threads
     if threads == 1:
@@ -244,7 +259,6 @@ CHECKS: tuple[Check, ...] = (
     _choices_exist,
     _positive_where_needed,
     _heads_divide_width,
-    _one_chunk,
     _one_thread,
     _validation_fraction_is_a_part,
     _data_is_named,
@@ -256,9 +270,7 @@ CHECKS: tuple[Check, ...] = (
 """Checks of a configuration as loaded."""
 
 GRID_CHECKS: tuple[Check, ...] = (
-    layers_fill_the_stages,
-    partition_covers_the_layers,
     data_divides_microbatches,
     _lanes_fit,
 )
-"""Checks that need the number of stages."""
+"""Checks that need the degrees."""

@@ -20,30 +20,35 @@ def degrees_fill_the_ranks(config: Config, world_size: int) -> str | None:
     return f"{problem}: start with `-n {fewest}`{_or_degrees(config, world_size)}"
 
 
-def layers_fill_the_stages(config: Config, world_size: int) -> str | None:
+def layers_fill_the_stages(config: Config, num_stages: int) -> str | None:
     """Check that each stage can have a block."""
     layers, pipeline, data = config.model.layers, config.parallel.pipeline, config.parallel.data
-    if layers >= pipeline:
+    if layers >= num_stages:
         return None
+    chunks = num_stages // pipeline
+    if chunks == 1:
+        counted = f"parallel.pipeline = {pipeline} stages"
+    else:
+        counted = f"{num_stages} stages (parallel.pipeline = {pipeline}, {chunks} on each rank)"
+    fewer = f", start with `-n {layers // chunks * data}` or fewer ranks" if layers >= chunks else ""
     return (
-        f"model.layers = {layers} is fewer than parallel.pipeline = {pipeline} stages, and each stage needs at "
-        f"least one layer: set model.layers = {pipeline} or more, start with `-n {layers * data}` or fewer ranks"
-        f"{_or_degrees(config, world_size)}"
+        f"model.layers = {layers} is fewer than {counted}, and each stage needs at least one layer: set model.layers ="
+        f" {num_stages} or more{fewer}{_or_degrees(config, pipeline * data, chunks)}"
     )
 
 
-def partition_covers_the_layers(config: Config, world_size: int) -> str | None:
+def partition_covers_the_layers(config: Config, num_stages: int) -> str | None:
     """Check that a partition by hand has one entry per stage and every layer once."""
-    partition, layers, stages = config.parallel.partition, config.model.layers, config.parallel.pipeline
+    partition, layers = config.parallel.partition, config.model.layers
     if partition == "auto":
         return None
-    example = [layers // stages + (stage < layers % stages) for stage in range(stages)]
+    example = [layers // num_stages + (stage < layers % num_stages) for stage in range(num_stages)]
     cure = f'set it to "auto", or for example to {example}'
     if isinstance(partition, str):
         return f'parallel.partition = "{partition}": expected "auto" or a list: {cure}'
     shown = f"parallel.partition = {list(partition)}"
-    if len(partition) != stages:
-        return f"{shown} has {len(partition)} entries for {stages} stages: {cure}"
+    if len(partition) != num_stages:
+        return f"{shown} has {len(partition)} entries for {num_stages} stages: {cure}"
     if min(partition) < 1:
         return f"{shown} leaves stage {partition.index(min(partition))} without a layer: {cure}"
     if sum(partition) != layers:
@@ -64,7 +69,7 @@ def data_divides_microbatches(config: Config, world_size: int) -> str | None:
     )
 
 
-def fitting_degrees(config: Config, world_size: int) -> list[tuple[int, int]]:
+def fitting_degrees(config: Config, world_size: int, chunks: int = 1) -> list[tuple[int, int]]:
     """List the (pipeline, data) that this model and batch allow on so many ranks.
 
     Parameters
@@ -73,6 +78,8 @@ def fitting_degrees(config: Config, world_size: int) -> list[tuple[int, int]]:
         Its layers bound the stages, its microbatches the replicas.
     world_size : int
         Number of ranks.
+    chunks : int
+        Stages per rank.
 
     Returns
     -------
@@ -83,15 +90,15 @@ def fitting_degrees(config: Config, world_size: int) -> list[tuple[int, int]]:
         (world_size // data, data)
         for data in range(1, world_size + 1)
         if world_size % data == 0
-        and world_size // data <= config.model.layers
+        and world_size // data * chunks <= config.model.layers
         and config.parallel.microbatches % data == 0
     ]
     return sorted(degrees, key=lambda degree: abs(degree[1] - config.parallel.data))
 
 
-def _or_degrees(config: Config, world_size: int) -> str:
+def _or_degrees(config: Config, world_size: int, chunks: int = 1) -> str:
     """Suggest degrees for the ranks that were started, if there are any."""
-    degrees = fitting_degrees(config, world_size)
+    degrees = fitting_degrees(config, world_size, chunks)
     if not degrees:
         return ""
     pipeline, data = degrees[0]

@@ -47,8 +47,8 @@ class ParallelConfig:
 
     pipeline: int = key(0, "pipeline stages; 0: number of ranks / data")
     data: int = key(1, "replicas of the pipeline")
-    schedule: str = key("1f1b", "order of the actions: gpipe or 1f1b")
-    chunks: int = key(1, "stages per rank; gpipe and 1f1b have 1")
+    schedule: str = key("1f1b", "order of the actions, by name: `hpcpipe schedule show` draws them")
+    chunks: int = key(0, "stages per rank; 0: what the schedule is defined for, or 2 where it may be any number")
     microbatches: int = key(8, "microbatches per step over all replicas, a multiple of data")
     microbatch_size: int = key(4, "samples per microbatch")
     partition: str | tuple[int, ...] = key("auto", "auto, or a list with the number of layers of each stage")

@@ -11,6 +11,8 @@ from hpcpipe.model.layer import Arrays, Buffers, Microbatch, Poll
 from hpcpipe.model.linear import add_matrix_gradient
 from hpcpipe.model.tensors import BufferShapes, TensorSpec
 
+TABLE = "head/weight"
+
 
 class Head:
     """Turns the residual stream into logits and a loss.
@@ -29,7 +31,7 @@ class Head:
         self.tensors = (
             TensorSpec("head/norm/weight", (model.width,), initial_value=1.0),
             TensorSpec("head/norm/bias", (model.width,)),
-            TensorSpec("head/weight", (model.vocab, model.width), initial_std=INITIAL_STD, tied_to=tied_to),
+            TensorSpec(TABLE, (model.vocab, model.width), initial_std=INITIAL_STD, tied_to=tied_to),
         )
 
     def stash_shapes(self, batch: int) -> BufferShapes:

@@ -1,6 +1,6 @@
 """From the name of a schedule to a proven program of actions and messages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hpcpipe.errors import UsageError
@@ -13,6 +13,7 @@ from hpcpipe.schedule.gpipe import gpipe, looped_bfs
 from hpcpipe.schedule.interleaved import interleaved, interleaved_zero_bubble
 from hpcpipe.schedule.lower import lower
 from hpcpipe.schedule.one_forward_one_backward import eager_one_forward_one_backward, one_forward_one_backward
+from hpcpipe.schedule.placement import looped
 from hpcpipe.schedule.zb_v import zb_v
 from hpcpipe.schedule.zero_bubble import zb_h1, zb_h2
 
@@ -50,7 +51,7 @@ GENERATORS: dict[str, Generator] = {
     "v-half": _fixed(v_half, 2),
     "v-min": _fixed(v_min, 2),
     "dualpipe-v": _fixed(dualpipe_v, 2),
-    "forward": _fixed(forward, 1),
+    "forward": Generator(lambda num_ranks, m, num_chunks: forward(looped(num_ranks, num_chunks), m), 1),
 }
 
 
@@ -96,5 +97,20 @@ def build(name: str, num_ranks: int, num_microbatches: int, num_chunks: int = 0)
         The lowered schedule, ready to be executed.
     """
     program = lower(generate(name, num_ranks, num_microbatches, num_chunks))
+    check(program)
+    return program
+
+
+def build_forward(placement: Sequence[int], num_microbatches: int) -> Schedule:
+    """Generate, lower and prove the forward-only schedule of a placement.
+
+    Parameters
+    ----------
+    placement : sequence of int
+        The rank of each stage, as in the training schedule.
+    num_microbatches : int
+        Microbatches that flow through, at least 1.
+    """
+    program = lower(forward(placement, num_microbatches))
     check(program)
     return program

@@ -13,8 +13,8 @@ from hpcpipe.mpi.grid import Grid
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.pipeline.executor import Executor, Work
 from hpcpipe.pipeline.messages import Messages
-from hpcpipe.pipeline.stage import Stage, Stash
-from hpcpipe.schedule.build import build
+from hpcpipe.pipeline.stage import Stash
+from hpcpipe.schedule.build import build_forward
 from hpcpipe.train.batches import held_out_loader
 from hpcpipe.train.state import State
 
@@ -62,16 +62,17 @@ class Evaluator:
         self._grid = grid
         self._waiter = waiter
         self._held_out = held_out
+        self._last_stage = state.last_stage
+        self._last_rank = state.placement[-1]
         num_microbatches = math.ceil(held_out.num_samples / batch / grid.data)
-        schedule = build("forward", grid.pipeline, num_microbatches)
-        stage = Stage(state.layers, state.parameters, batch, context, state.config.model.width)
+        schedule = build_forward(state.placement, num_microbatches)
         load = held_out_loader(held_out, grid.replica * num_microbatches, batch, context)
         self._losses = np.zeros(num_microbatches)
         messages = Messages(Channel(grid.pipeline_comm, waiter, mode), schedule)
         self._executor = Executor(
             schedule,
             grid.stage_rank,
-            {grid.stage_rank: stage},
+            state.compute_stages(batch),
             messages,
             Work(load=load, gradients=no_gradients, finished=self._finished),
         )
@@ -82,10 +83,11 @@ class Evaluator:
         rows = gather_rows(self._grid.comm, self._waiter, self._losses)
         total = 0.0
         for replica in range(self._grid.data):
-            for value in rows[self._grid.world_rank(replica, self._grid.pipeline - 1)]:
+            for value in rows[self._grid.world_rank(replica, self._last_rank)]:
                 total += float(value)
         bits = total / math.log(2)
         return Evaluation(total / self._held_out.num_predictions, bits / max(1, self._held_out.num_bytes))
 
     def _finished(self, stage: int, index: int, microbatch: Microbatch, stash: Stash) -> None:
-        self._losses[index] = microbatch.loss
+        if stage == self._last_stage:
+            self._losses[index] = microbatch.loss

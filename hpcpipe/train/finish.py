@@ -8,7 +8,7 @@ from hpcpipe.data.windows import HeldOut
 from hpcpipe.mpi.channel import Channel
 from hpcpipe.mpi.collectives import gather_rows
 from hpcpipe.pipeline.messages import Messages
-from hpcpipe.schedule.build import build
+from hpcpipe.schedule.build import build_forward
 from hpcpipe.train.evaluate import Evaluation
 from hpcpipe.train.generate import Generator
 from hpcpipe.train.session import Session
@@ -43,11 +43,11 @@ def show_sample(session: Session, state: State, tokenizer_name: str) -> None:
     if config.train.sample_tokens == 0 or grid.replica != 0:
         return
     tokenizer = tokenizer_named(tokenizer_name)
-    schedule = build("forward", grid.pipeline, 1)
+    schedule = build_forward(state.placement, 1)
     messages = Messages(Channel(grid.pipeline_comm, session.waiter, session.mode), schedule)
 
     def share(token: int) -> int:
-        return int(gather_rows(grid.pipeline_comm, session.waiter, np.array([token]))[-1, 0])
+        return int(gather_rows(grid.pipeline_comm, session.waiter, np.array([token]))[state.placement[-1], 0])
 
     generator = Generator(state, schedule, grid.stage_rank, messages, share)
     tokens = generator.run([tokenizer.separator], config.train.sample_tokens, _TEMPERATURE, config.run.seed)

@@ -7,7 +7,7 @@ import numpy as np
 
 from hpcpipe.model.layer import Microbatch
 from hpcpipe.pipeline.executor import Executor, Work
-from hpcpipe.pipeline.stage import Stage, Stash
+from hpcpipe.pipeline.stage import Stash
 from hpcpipe.pipeline.transport import Transport
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.train.batches import empty_microbatch
@@ -38,13 +38,13 @@ class Generator:
         self._state = state
         self._context = state.config.model.context
         self._share = share
-        self._is_last = stage_rank == schedule.num_ranks - 1
+        self._last_stage = state.last_stage
+        self._is_last = self._last_stage in state.stages
         self._microbatch = empty_microbatch(1, self._context)
         self._position = 0
         self._logits = np.zeros(state.config.model.vocab, np.float32)
-        stage = Stage(state.layers, state.parameters, 1, self._context, state.config.model.width)
         work = Work(load=self._load, gradients=no_gradients, finished=self._keep_logits)
-        self._executor = Executor(schedule, stage_rank, {stage_rank: stage}, transport, work)
+        self._executor = Executor(schedule, stage_rank, state.compute_stages(1), transport, work)
 
     def run(
         self, prompt: Sequence[int], num_tokens: int, temperature: float, seed: int, end: int | None = None
@@ -81,7 +81,7 @@ class Generator:
         return self._microbatch
 
     def _keep_logits(self, stage: int, index: int, microbatch: Microbatch, stash: Stash) -> None:
-        if self._is_last:
+        if stage == self._last_stage:
             self._logits[:] = stash.layers[-1]["logits"][self._position]
 
 

@@ -28,7 +28,7 @@ def check_model(state: State, path: Path, manifest: Manifest) -> None:
 
 
 def load_state(state: State, path: Path, manifest: Manifest) -> None:
-    """Read the weights and moments of this rank's stage.
+    """Read the weights and moments of this rank's stages.
 
     Parameters
     ----------
@@ -45,16 +45,17 @@ def load_state(state: State, path: Path, manifest: Manifest) -> None:
         If a tensor is missing or its bytes are not those that were written.
     """
     with Reader(path, manifest) as reader:
-        for tensor in state.parameters.layout.stored:
-            for kind, array in state.arrays(tensor):
-                reader.read(tensor.tied_to or tensor.name, kind, array)
+        for stage in state.stages.values():
+            for tensor in stage.parameters.layout.stored:
+                for kind, array in stage.arrays(tensor):
+                    reader.read(tensor.tied_to or tensor.name, kind, array)
     state.step = manifest.step
 
 
 def load_weights(state: State, path: Path, manifest: Manifest) -> None:
     """Read only the weights; otherwise as `load_state`."""
-    arrays = state.parameters.weights.arrays
     with Reader(path, manifest) as reader:
-        for tensor in state.parameters.layout.stored:
-            reader.read(tensor.tied_to or tensor.name, WEIGHT, arrays[tensor.name])
+        for stage in state.stages.values():
+            for tensor in stage.parameters.layout.stored:
+                reader.read(tensor.tied_to or tensor.name, WEIGHT, stage.parameters.weights.arrays[tensor.name])
     state.step = manifest.step

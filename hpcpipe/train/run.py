@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hpcpipe
-from hpcpipe.config.check import check_data, resolve
+from hpcpipe.config.check import check_data, check_stages, resolve
 from hpcpipe.config.dump import to_toml
 from hpcpipe.config.load import load, run_directory
 from hpcpipe.config.schema import Config
@@ -37,7 +37,7 @@ from hpcpipe.train.lock import RunLock, is_held_by_another
 from hpcpipe.train.loop import Loop
 from hpcpipe.train.peak import measure_peak_flops
 from hpcpipe.train.restore import restore
-from hpcpipe.train.session import Session
+from hpcpipe.train.session import Session, build_schedule
 from hpcpipe.train.state import State, build_state
 from hpcpipe.train.step import Trainer
 from hpcpipe.train.stop import StopRequest
@@ -97,6 +97,8 @@ def _train(world: World, config_path: Path, overrides: Sequence[str], resume: st
     waiter = Waiter(timeout_s=600.0)
     with together(world.comm, waiter):
         config = resolve(load(config_path, overrides), world.size)
+        schedule = build_schedule(config)
+        config = check_stages(config, schedule.num_stages)
         mode = MessageMode.parse(os.environ.get(MESSAGES, ""))
     waiter.timeout_s = config.parallel.timeout_s
     directory = RunDirectory.of(config.run)
@@ -108,7 +110,7 @@ def _train(world: World, config_path: Path, overrides: Sequence[str], resume: st
         grid = make_grid(world.comm, config.parallel.pipeline, config.parallel.data)
         console = Console(config.telemetry.console if world.rank == 0 else "quiet")
         events = EventLog(directory.events if world.rank == 0 else None)
-        session = Session(config, directory, grid, waiter, mode, console, events)
+        session = Session(config, schedule, directory, grid, waiter, mode, console, events)
         session.status(0, None)
         events.add("started", hpcpipe=hpcpipe.__version__, ranks=world.size, pid=os.getpid(), resume=resume)
         _compile(session, world)
@@ -152,7 +154,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
         training, validation = tokens.split(config.data.validation_fraction)
         samples = Samples(training, config.model.context, config.run.seed)
         held_out = HeldOut(validation, config.model.context, config.data.validation_samples)
-    state = build_state(config, grid.stage_rank)
+    state = build_state(config, session.schedule.stage_to_rank, grid.stage_rank)
     _introduce(session, state, tokens)
     _restore(session, state, resume, tokens)
     if state.step >= config.train.steps:
@@ -165,7 +167,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     batches = TrainingBatches(
         samples, config.parallel.microbatches, local, config.parallel.microbatch_size, config.model.context
     )
-    trainer = Trainer(state, grid, waiter, batches, session.mode)
+    trainer = Trainer(state, session.schedule, grid, waiter, batches, session.mode)
     evaluator = Evaluator(state, grid, waiter, held_out, session.mode) if held_out.num_samples else None
     peak_flops = measure_peak_flops(grid, waiter)
     evaluation = Loop(session, state, trainer, evaluator, stop, _identity(tokens), peak_flops).run()

@@ -10,7 +10,7 @@ from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig
 from hpcpipe.data.tokenizer import tokenizer_named
 from hpcpipe.errors import DamagedError
 from hpcpipe.pipeline.transport import NoTransport
-from hpcpipe.schedule.build import build
+from hpcpipe.schedule.build import build_forward
 from hpcpipe.train.generate import Generator
 from hpcpipe.train.load import load_weights
 from hpcpipe.train.state import build_state
@@ -43,9 +43,9 @@ def sample(path: Path, prompt: str, num_tokens: int, temperature: float, seed: i
     manifest = load_manifest(sound)
     header: dict[str, Any] = manifest.header
     model = ModelConfig(**header["model"])
-    state = build_state(Config(model=model, parallel=ParallelConfig(pipeline=1)), 0)
+    state = build_state(Config(model=model, parallel=ParallelConfig(pipeline=1)), (0,), 0)
     load_weights(state, sound, manifest)
     tokenizer = tokenizer_named(header["data"]["tokenizer"])
-    generator = Generator(state, build("forward", 1, 1), 0, NoTransport(), lambda token: token)
+    generator = Generator(state, build_forward(state.placement, 1), 0, NoTransport(), lambda token: token)
     tokens = [int(token) for token in tokenizer.encode(prompt)]
     return prompt + tokenizer.decode(generator.run(tokens, num_tokens, temperature, seed, end=tokenizer.separator))

@@ -71,8 +71,9 @@ def save(state: State, grid: Grid, waiter: Waiter, root: Path, data: dict[str, s
 def _pieces(state: State) -> list[Piece]:
     return [
         Piece(tensor.name, kind, tensor.shape, 0, tensor.size, array)
-        for tensor in state.owned()
-        for kind, array in state.arrays(tensor)
+        for stage in state.stages.values()
+        for tensor in stage.owned()
+        for kind, array in stage.arrays(tensor)
     ]
 
 

@@ -7,6 +7,8 @@ from hpcpipe.errors import ExitCode
 from hpcpipe.mpi.channel import MessageMode
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.mpi.wait import Waiter
+from hpcpipe.schedule.action import Schedule
+from hpcpipe.schedule.build import build
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.metrics import MetricsLog
@@ -22,6 +24,8 @@ class Session:
     ----------
     config : Config
         Resolved.
+    schedule : Schedule
+        What the ranks of each pipeline do in a step.
     directory : RunDirectory
         Where the run keeps its files; only rank 0 writes the small ones.
     grid : Grid
@@ -37,6 +41,7 @@ class Session:
     """
 
     config: Config
+    schedule: Schedule
     directory: RunDirectory
     grid: Grid
     waiter: Waiter
@@ -58,3 +63,15 @@ class Session:
         """Write ``status.json``, on rank 0."""
         if self.is_root:
             write_status(self.directory.path, step, exit_code, cause)
+
+
+def build_schedule(config: Config) -> Schedule:
+    """Return the proven schedule of a resolved configuration.
+
+    Raises
+    ------
+    UsageError
+        If the schedule does not exist, or not for these numbers.
+    """
+    parallel = config.parallel
+    return build(parallel.schedule, parallel.pipeline, parallel.microbatches // parallel.data, parallel.chunks)

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 
-from hpcpipe.config.check import resolve
+from hpcpipe.config.check import check_stages, resolve
 from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
 from hpcpipe.mpi.channel import MessageMode
 from hpcpipe.mpi.grid import make_grid
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.train.batches import TrainingBatches
+from hpcpipe.train.session import build_schedule
 from hpcpipe.train.state import build_state
 from hpcpipe.train.step import Trainer
 
@@ -27,26 +28,32 @@ class CountedSamples:
             tokens[row], targets[row] = stream[:-1], stream[1:]
 
 
-def train(comm, pipeline, data, mode=None, **choices):
+def train(comm, pipeline, data, mode=None, layers=9, **choices):
     """Return the loss and norm of each step, and this rank's weights, after a few steps."""
     tied = choices.pop("tied", True)
     recompute = choices.pop("recompute", "none")
     config = Config(
-        model=ModelConfig(layers=9, width=12, heads=3, context=6, vocab=11, tied=tied),
+        model=ModelConfig(layers=layers, width=12, heads=3, context=6, vocab=11, tied=tied),
         parallel=ParallelConfig(pipeline=pipeline, data=data, microbatch_size=2, **choices),
         train=TrainConfig(steps=STEPS, learning_rate=1e-2, warmup_steps=1, clip=0.5, recompute=recompute),
     )
     config = resolve(config, comm.size)
+    schedule = build_schedule(config)
+    config = check_stages(config, schedule.num_stages)
     grid, parallel = make_grid(comm, pipeline, data), config.parallel
-    state = build_state(config, grid.stage_rank)
+    state = build_state(config, schedule.stage_to_rank, grid.stage_rank)
     state.fill_initial()
     per_replica = parallel.microbatches // data
     local = range(grid.replica * per_replica, (grid.replica + 1) * per_replica)
     batches = TrainingBatches(CountedSamples(), parallel.microbatches, local, 2, config.model.context)
-    trainer = Trainer(state, grid, Waiter(60.0), batches, mode or MessageMode())
+    trainer = Trainer(state, schedule, grid, Waiter(60.0), batches, mode or MessageMode())
     results = [trainer.run(step, stop=False) for step in range(1, STEPS + 1)]
     grid.free()
-    weights = {tensor.name: state.parameters.weights.arrays[tensor.name].tobytes() for tensor in state.owned()}
+    weights = {
+        tensor.name: stage.parameters.weights.arrays[tensor.name].tobytes()
+        for stage in state.stages.values()
+        for tensor in stage.owned()
+    }
     return [(result.loss, result.grad_norm) for result in results], weights
 
 
@@ -55,7 +62,8 @@ def grids(size):
 
 
 def assert_same(comm, pipeline, data, **choices):
-    expected, all_weights = train(MPI.COMM_SELF, 1, 1, **{k: v for k, v in choices.items() if k != "mode"})
+    alone = {key: value for key, value in choices.items() if key not in ("mode", "schedule", "chunks")}
+    expected, all_weights = train(MPI.COMM_SELF, 1, 1, **alone)
     found, weights = train(comm, pipeline, data, **choices)
     assert found == expected, (pipeline, data)
     assert weights and all(all_weights[name] == content for name, content in weights.items()), (pipeline, data)
@@ -69,6 +77,27 @@ def test_same_bits_on_every_grid(comm, schedule, tied):
         lanes = 1 if data == 1 else 8
         if data & (data - 1) == 0:
             assert_same(comm, pipeline, data, schedule=schedule, tied=tied, microbatches=8, lanes=lanes)
+
+
+SPLIT = ("looped-bfs", "eager-1f1b", "interleaved", "interleaved-zb", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min")
+    "looped-bfs",
+    "eager-1f1b",
+    "interleaved",
+    "interleaved-zb",
+    "zb-h1",
+    "zb-h2",
+    "zb-v",
+    "v-half",
+    "v-min",
+    "dualpipe-v",
+)
+
+
+@pytest.mark.parametrize("schedule", [*SPLIT, "dualpipe-v"])
+def test_same_bits_for_every_schedule(comm, schedule):
+    assert_same(comm, comm.size, 1, schedule=schedule, layers=17, microbatches=2 * comm.size, recompute="full")
+    if comm.size % 2 == 0:
+        assert_same(comm, comm.size // 2, 2, schedule=schedule, layers=17, microbatches=2 * comm.size, lanes=4)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 3, 5])
@@ -113,10 +142,11 @@ def test_a_stop_on_one_rank_is_known_to_all(comm):
         comm.size,
     )
     grid = make_grid(comm, comm.size, 1)
-    state = build_state(config, grid.stage_rank)
+    schedule = build_schedule(config)
+    state = build_state(config, schedule.stage_to_rank, grid.stage_rank)
     state.fill_initial()
     batches = TrainingBatches(CountedSamples(), 1, range(1), 1, config.model.context)
-    trainer = Trainer(state, grid, Waiter(60.0), batches, MessageMode())
+    trainer = Trainer(state, schedule, grid, Waiter(60.0), batches, MessageMode())
     assert not trainer.run(1, stop=False).stop
     assert trainer.run(2, stop=comm.rank == comm.size - 1).stop
     grid.free()

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from hpcpipe.config.check import check_data, resolve
+from hpcpipe.config.check import check_data, check_stages, resolve
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import DamagedError, UsageError
 
@@ -16,7 +16,8 @@ def config(**sections: dict) -> Config:
 
 def refusal(world_size: int, **sections: dict) -> str:
     with pytest.raises(UsageError) as caught:
-        resolve(config(**sections), world_size)
+        resolved = resolve(config(**sections), world_size)
+        check_stages(resolved, resolved.parallel.pipeline)
     return str(caught.value)
 
 
@@ -84,8 +85,6 @@ def test_a_resolved_configuration_resolves_to_itself(steps):
         ),
         (1, {"model": {"width": 2, "heads": 3}}, ["model.width = 3,", "model.heads = 2"]),
         (1, {"model": {"kind": "llama"}}, ['model.kind = "llama"', '"gpt2"']),
-        (1, {"parallel": {"schedule": "zb"}}, ['parallel.schedule = "zb"', '"gpipe" or "1f1b"']),
-        (1, {"parallel": {"chunks": 2}}, ["parallel.chunks = 2", "set parallel.chunks = 1"]),
         (1, {"parallel": {"threads": 2}}, ["parallel.threads = 2", "one rank per core"]),
         (1, {"parallel": {"lanes": 3}}, ["parallel.lanes = 3", "microbatches = 8", "1, 2, 4, 8"]),
         (
@@ -114,6 +113,13 @@ def test_refusals_name_keys_numbers_and_cure(world_size, sections, words):
     message = refusal(world_size, **sections)
     for word in words:
         assert word in message
+
+
+def test_chunks_are_filled_in_and_need_layers():
+    resolved = resolve(config(model={"layers": 7}), 3)
+    assert check_stages(resolved, 6).parallel.chunks == 2
+    with pytest.raises(UsageError, match=r"fewer than 9 stages \(parallel.pipeline = 3, 3 on each rank\).*-n 2"):
+        check_stages(resolved, 9)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
