@@ -1,5 +1,7 @@
 """The trainer on every grid that the ranks allow gives the bits of one process."""
 
+import functools
+
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -9,6 +11,7 @@ from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig, TrainConf
 from hpcpipe.mpi.channel import MessageMode
 from hpcpipe.mpi.grid import make_grid
 from hpcpipe.mpi.wait import Waiter
+from hpcpipe.schedule.build import GENERATORS
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.session import build_schedule
 from hpcpipe.train.state import build_state
@@ -57,13 +60,20 @@ def train(comm, pipeline, data, mode=None, layers=9, **choices):
     return [(result.loss, result.grad_norm) for result in results], weights
 
 
+@functools.cache
+def train_alone(**choices):
+    """Return what one process gets."""
+    return train(MPI.COMM_SELF, 1, 1, **choices)
+
+
 def grids(size):
     return [(size // data, data) for data in range(1, size + 1) if size % data == 0]
 
 
 def assert_same(comm, pipeline, data, **choices):
-    alone = {key: value for key, value in choices.items() if key not in ("mode", "schedule", "chunks")}
-    expected, all_weights = train(MPI.COMM_SELF, 1, 1, **alone)
+    expected, all_weights = train_alone(
+        **{key: value for key, value in choices.items() if key not in ("mode", "schedule", "chunks", "recompute")}
+    )
     found, weights = train(comm, pipeline, data, **choices)
     assert found == expected, (pipeline, data)
     assert weights and all(all_weights[name] == content for name, content in weights.items()), (pipeline, data)
@@ -79,21 +89,10 @@ def test_same_bits_on_every_grid(comm, schedule, tied):
             assert_same(comm, pipeline, data, schedule=schedule, tied=tied, microbatches=8, lanes=lanes)
 
 
-SPLIT = ("looped-bfs", "eager-1f1b", "interleaved", "interleaved-zb", "zb-h1", "zb-h2", "zb-v", "v-half", "v-min")
-    "looped-bfs",
-    "eager-1f1b",
-    "interleaved",
-    "interleaved-zb",
-    "zb-h1",
-    "zb-h2",
-    "zb-v",
-    "v-half",
-    "v-min",
-    "dualpipe-v",
-)
+OTHERS = [name for name in GENERATORS if name not in ("gpipe", "1f1b", "forward")]
 
 
-@pytest.mark.parametrize("schedule", [*SPLIT, "dualpipe-v"])
+@pytest.mark.parametrize("schedule", OTHERS)
 def test_same_bits_for_every_schedule(comm, schedule):
     assert_same(comm, comm.size, 1, schedule=schedule, layers=17, microbatches=2 * comm.size, recompute="full")
     if comm.size % 2 == 0:
@@ -112,14 +111,14 @@ def test_same_bits_with_synchronous_sends_and_delays(comm):
 
 
 def test_same_bits_when_activations_are_recomputed(comm):
-    expected, _ = train(MPI.COMM_SELF, 1, 1, microbatches=3)
+    expected, _ = train_alone(microbatches=3)
     found, _ = train(comm, comm.size, 1, microbatches=3, recompute="full")
     assert found == expected
 
 
 def test_same_bits_for_an_uneven_partition(comm):
     partition = (1,) * (comm.size - 1) + (9 - comm.size + 1,)
-    expected, _ = train(MPI.COMM_SELF, 1, 1, microbatches=2)
+    expected, _ = train_alone(microbatches=2)
     found, _ = train(comm, comm.size, 1, microbatches=2, partition=partition)
     assert found == expected
 
@@ -128,7 +127,7 @@ def test_replicas_that_are_no_power_of_two_agree_among_pipelines(comm):
     if comm.size % 3:
         pytest.skip("needs a multiple of 3 ranks")
     losses = [loss for loss, _ in train(comm, comm.size // 3, 3, microbatches=6)[0]]
-    alone = [loss for loss, _ in train(MPI.COMM_SELF, 1, 1, microbatches=6)[0]]
+    alone = [loss for loss, _ in train_alone(microbatches=6)[0]]
     assert losses[0] == alone[0]
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
 
