@@ -25,6 +25,7 @@ from hpcpipe.mpi.collectives import barrier
 from hpcpipe.mpi.grid import make_grid
 from hpcpipe.mpi.runtime import World
 from hpcpipe.mpi.wait import Waiter
+from hpcpipe.schedule.simulate import Costs, simulate
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.files import read_lines, write_whole
@@ -127,7 +128,7 @@ def _open(directory: RunDirectory, lock: RunLock, config: Config) -> None:
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DiskError(f"run.dir = {config.run.dir}: {directory.path} could not be made ({error.strerror})") from error
+        raise DiskError(f"run.dir = {config.run.dir}: {directory.path} could not be made ({error.strerror}): choose another run.dir") from error
     lock.acquire()
     write_whole(directory.config, to_toml(config))
 
@@ -198,9 +199,12 @@ def _introduce(session: Session, state: State, tokens: TokenFile) -> None:
     """Say what is about to run."""
     config, grid, say = session.config, session.grid, session.console.say
     model, parallel = config.model, config.parallel
+    say(f"hpcpipe {hpcpipe.__version__}: {grid.comm.size} ranks = pipeline of {grid.pipeline} x {grid.data} replicas")
+    timeline = simulate(session.schedule, Costs.uniform(session.schedule))
     say(
-        f"hpcpipe {hpcpipe.__version__}: {grid.comm.size} ranks = {grid.pipeline} stages x {grid.data} replicas,"
-        f" schedule {parallel.schedule}, {parallel.microbatches} microbatches of {parallel.microbatch_size} samples"
+        f"schedule: {parallel.schedule}, {parallel.chunks} stage(s) per rank, {parallel.microbatches} microbatches of"
+        f" {parallel.microbatch_size} samples; bubble {timeline.bubble / timeline.makespan:.0%} if all stages take the"
+        " same time"
     )
     say(
         f"model: {model.kind}, {model.layers} layers, width {model.width}, {model.heads} heads,"
@@ -276,10 +280,10 @@ def _write_last_status(world: World, directory: Path | None, error: HpcpipeError
     """Say in the run directory why the run ended, unless the directory is another run's."""
     if directory is None or isinstance(error, InUseError):
         return
-    # A wrong configuration is found before the lock is taken: the directory may be that of a run under way.
-    if world.rank == 0 and is_held_by_another(RunDirectory(directory).lock):
-        return
     try:
+        # A wrong configuration is found before the lock is taken: the directory may be that of a run under way.
+        if world.rank == 0 and is_held_by_another(RunDirectory(directory).lock):
+            return
         directory.mkdir(parents=True, exist_ok=True)
         write_status(directory, _last_step(directory), error.exit_code, str(error))
     except (DiskError, OSError):
