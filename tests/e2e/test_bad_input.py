@@ -226,7 +226,7 @@ def test_a_run_directory_that_cannot_be_made(runs: Runs) -> None:
     finished = runs.train("run", 2, f"run.dir={blocker}")
     assert finished.code == 74
     (message,) = finished.messages
-    for part in ("run.dir", str(blocker), "Not a directory"):
+    for part in ("run.dir", str(blocker), "Not a directory", "choose another"):
         assert part in message
     assert finished.elapsed_s < limit_s()
     assert blocker.read_text() == "a file, not a folder"
