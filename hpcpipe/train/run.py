@@ -1,9 +1,6 @@
 """A training run from start to end, on every rank."""
 
 import os
-import signal
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +12,7 @@ from hpcpipe.config.schema import Config
 from hpcpipe.data.prepare import default_path, ensure_prepared
 from hpcpipe.data.reader import TokenFile
 from hpcpipe.data.windows import HeldOut, Samples
-from hpcpipe.errors import DiskError, ExitCode, HpcpipeError, InUseError
+from hpcpipe.errors import DiskError, ExitCode
 from hpcpipe.kernels import warm
 from hpcpipe.model.gpt2 import count_parameters
 from hpcpipe.mpi import runtime
@@ -28,25 +25,22 @@ from hpcpipe.mpi.wait import Waiter
 from hpcpipe.schedule.simulate import Costs, simulate
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
-from hpcpipe.telemetry.files import read_lines, write_whole
-from hpcpipe.telemetry.status import write_status
+from hpcpipe.telemetry.files import write_whole
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.evaluate import Evaluator
 from hpcpipe.train.finish import show_compression, show_sample
-from hpcpipe.train.lock import RunLock, is_held_by_another
+from hpcpipe.train.leave import leaving_together
+from hpcpipe.train.lock import RunLock
 from hpcpipe.train.loop import Loop
 from hpcpipe.train.peak import measure_peak_flops
-from hpcpipe.train.restore import restore
+from hpcpipe.train.resume import identity_of, resume_state
 from hpcpipe.train.session import Session, build_schedule
 from hpcpipe.train.state import State, build_state
 from hpcpipe.train.step import Trainer
 from hpcpipe.train.stop import StopRequest
 
 MESSAGES = "HPCPIPE_TEST_MESSAGES"
-
-_SPEAK_S = 0.5
-_LONGEST_SPEAK_S = 2.0
 
 
 def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
@@ -70,27 +64,11 @@ def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
         Also written to ``status.json``.
     """
     world = runtime.start()
-    directory = run_directory(config_path, overrides)
-    try:
+    code = ExitCode.DONE
+    with leaving_together(world, run_directory(config_path, overrides)) as outcome:
         code = _train(world, config_path, overrides, resume)
-    except HpcpipeError as error:
-        if not error.on_all_ranks:
-            _let_lower_ranks_speak(world)
-        if world.rank == 0 or not error.on_all_ranks:
-            _tell(world, error)
-            _write_last_status(world, directory, error)
-        code = error.exit_code
-        if not error.on_all_ranks:
-            runtime.abort(code)
-    except BaseException as error:
-        _let_lower_ranks_speak(world)
-        runtime.report_traceback(world)
-        cause = f"rank {world.rank}: {type(error).__name__}: {error}"
-        _write_last_status(world, directory, HpcpipeError(cause))
-        runtime.abort(ExitCode.RANK_FAILED)
-        raise
     runtime.stop(world)
-    return code
+    return outcome.code or code
 
 
 def _train(world: World, config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
@@ -128,7 +106,9 @@ def _open(directory: RunDirectory, lock: RunLock, config: Config) -> None:
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DiskError(f"run.dir = {config.run.dir}: {directory.path} could not be made ({error.strerror}): choose another run.dir") from error
+        raise DiskError(
+            f"run.dir = {config.run.dir}: {directory.path} could not be made ({error.strerror}): choose another run.dir"
+        ) from error
     lock.acquire()
     write_whole(directory.config, to_toml(config))
 
@@ -157,7 +137,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
         held_out = HeldOut(validation, config.model.context, config.data.validation_samples)
     state = build_state(config, session.schedule.stage_to_rank, grid.stage_rank)
     _introduce(session, state, tokens)
-    _restore(session, state, resume, tokens)
+    resume_state(session, state, resume, tokens)
     if state.step >= config.train.steps:
         console.say(f"nothing to do: step {state.step} is done and train.steps = {config.train.steps}")
         session.status(state.step, ExitCode.DONE)
@@ -171,7 +151,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     trainer = Trainer(state, session.schedule, grid, waiter, batches, session.mode)
     evaluator = Evaluator(state, grid, waiter, held_out, session.mode) if held_out.num_samples else None
     peak_flops = measure_peak_flops(grid, waiter)
-    evaluation = Loop(session, state, trainer, evaluator, stop, _identity(tokens), peak_flops).run()
+    evaluation = Loop(session, state, trainer, evaluator, stop, identity_of(tokens), peak_flops).run()
 
     if evaluation is not None:
         show_compression(session, held_out, evaluation)
@@ -213,83 +193,3 @@ def _introduce(session: Session, state: State, tokens: TokenFile) -> None:
     say(f"data: {tokens.path}, {tokens.num_tokens:,} tokens in {tokens.num_documents:,} documents of {tokens.source}")
     say(f"kernels: {warm.describe()}")
     say(f"run directory: {session.directory.path}")
-
-
-def _restore(session: Session, state: State, resume: str, tokens: TokenFile) -> None:
-    """Fill the state, and drop the metrics of steps that will be run again."""
-
-    def refused(path: Path, problem: str) -> None:
-        session.console.say(f"passed over {path.name}: {problem}")
-        session.events.add("checkpoint refused", path=str(path), problem=problem)
-
-    restored = restore(state, session.grid, session.waiter, session.directory.checkpoints, resume, refused)
-    with together(session.grid.comm, session.waiter):
-        if session.metrics is not None:
-            session.metrics.keep_until(state.step)
-    if restored is None:
-        return
-    path, manifest = restored
-    header = manifest.header
-    grid = header["grid"]
-    session.console.say(f"resumed from {path}: step {state.step}, written by {grid['pipeline']} x {grid['data']} ranks")
-    session.events.add("resumed", step=state.step, path=str(path))
-    for warning in _changes(header, state, tokens):
-        session.console.say(f"warning: {warning}")
-
-
-def _identity(tokens: TokenFile) -> dict[str, str]:
-    return {"digest": tokens.digest, "tokenizer": tokens.tokenizer}
-
-
-def _changes(header: dict[str, object], state: State, tokens: TokenFile) -> list[str]:
-    """Name what makes the steps after a restart differ from those of a run that never stopped."""
-    then, now = header["config"], state.config
-    warnings = []
-    if header["data"] != _identity(tokens):
-        warnings.append("the token file is not the one that the checkpoint was trained on")
-    assert isinstance(then, dict)
-    pairs = {
-        "run.seed": (then["run"]["seed"], now.run.seed),
-        "parallel.microbatches": (then["parallel"]["microbatches"], now.parallel.microbatches),
-        "parallel.microbatch_size": (then["parallel"]["microbatch_size"], now.parallel.microbatch_size),
-        "parallel.lanes": (then["parallel"]["lanes"], now.parallel.lanes),
-        "train.decay_steps": (then["train"]["decay_steps"], now.train.decay_steps),
-    }
-    for name, (before, after) in pairs.items():
-        if before != after:
-            warnings.append(f"{name} was {before} and is {after}: the run will not continue bit for bit")
-    return warnings
-
-
-def _let_lower_ranks_speak(world: World) -> None:
-    """Wait a moment: if a lower rank met the same error, it tells it and ends this rank meanwhile."""
-    # The launcher ends ranks with SIGTERM, which so far was a request to stop after the step.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(min(_SPEAK_S * world.rank, _LONGEST_SPEAK_S))
-
-
-def _tell(world: World, error: HpcpipeError) -> None:
-    """Print an error once, with its rank if only one rank met it."""
-    where = "" if error.on_all_ranks else f"rank {world.rank} of {world.size}: "
-    kind = "stopped" if error.exit_code is ExitCode.STOPPED else "error"
-    sys.stderr.write(f"hpcpipe: {kind}: {where}{error}\n")
-    sys.stderr.flush()
-
-
-def _write_last_status(world: World, directory: Path | None, error: HpcpipeError) -> None:
-    """Say in the run directory why the run ended, unless the directory is another run's."""
-    if directory is None or isinstance(error, InUseError):
-        return
-    try:
-        # A wrong configuration is found before the lock is taken: the directory may be that of a run under way.
-        if world.rank == 0 and is_held_by_another(RunDirectory(directory).lock):
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        write_status(directory, _last_step(directory), error.exit_code, str(error))
-    except (DiskError, OSError):
-        return
-
-
-def _last_step(directory: Path) -> int:
-    """Return the step of the last row of the metrics."""
-    return max((int(row["step"]) for row in read_lines(directory / "metrics.jsonl")), default=0)

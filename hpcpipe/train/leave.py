@@ -1,0 +1,95 @@
+"""How a rank leaves a run that failed: who speaks, what ``status.json`` says, and that nobody stays behind."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hpcpipe.errors import DiskError, ExitCode, HpcpipeError, InUseError
+from hpcpipe.mpi import runtime
+from hpcpipe.mpi.runtime import World
+from hpcpipe.telemetry.files import read_lines
+from hpcpipe.telemetry.status import write_status
+from hpcpipe.train.directory import RunDirectory
+from hpcpipe.train.lock import is_held_by_another
+
+_SPEAK_S = 0.5
+_LONGEST_SPEAK_S = 2.0
+
+
+class Outcome:
+    """How a block under `leaving_together` ended; its code counts only if the block raised."""
+
+    code = ExitCode.DONE
+
+
+@contextmanager
+def leaving_together(world: World, directory: Path | None) -> Iterator[Outcome]:
+    """Run a block, and let every rank leave when it fails.
+
+    An error that all ranks raise is told by rank 0, and the block ends normally on every rank, with its code. One
+    that hits a single rank is told by that rank, which then ends the others; so does any other exception, with its
+    traceback.
+
+    Parameters
+    ----------
+    world : World
+        All ranks.
+    directory : Path or None
+        Where ``status.json`` goes; None if the configuration does not say.
+    """
+    outcome = Outcome()
+    try:
+        yield outcome
+    except HpcpipeError as error:
+        outcome.code = error.exit_code
+        if not error.on_all_ranks:
+            _let_lower_ranks_speak(world)
+        if world.rank == 0 or not error.on_all_ranks:
+            _tell(world, error)
+            _write_last_status(world, directory, error)
+        if not error.on_all_ranks:
+            runtime.abort(error.exit_code)
+    except BaseException as error:
+        _let_lower_ranks_speak(world)
+        runtime.report_traceback(world)
+        cause = f"rank {world.rank}: {type(error).__name__}: {error}"
+        _write_last_status(world, directory, HpcpipeError(cause))
+        runtime.abort(ExitCode.RANK_FAILED)
+        raise
+
+
+def _let_lower_ranks_speak(world: World) -> None:
+    """Wait a moment: if a lower rank met the same error, it tells it and ends this rank meanwhile."""
+    # The launcher ends ranks with SIGTERM, which so far was a request to stop after the step.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(min(_SPEAK_S * world.rank, _LONGEST_SPEAK_S))
+
+
+def _tell(world: World, error: HpcpipeError) -> None:
+    """Print an error once, with its rank if only one rank met it."""
+    where = "" if error.on_all_ranks else f"rank {world.rank} of {world.size}: "
+    kind = "stopped" if error.exit_code is ExitCode.STOPPED else "error"
+    sys.stderr.write(f"hpcpipe: {kind}: {where}{error}\n")
+    sys.stderr.flush()
+
+
+def _write_last_status(world: World, directory: Path | None, error: HpcpipeError) -> None:
+    """Say in the run directory why the run ended, unless the directory is another run's."""
+    if directory is None or isinstance(error, InUseError):
+        return
+    try:
+        # A wrong configuration is found before the lock is taken: the directory may be that of a run under way.
+        if world.rank == 0 and is_held_by_another(RunDirectory(directory).lock):
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        write_status(directory, _last_step(directory), error.exit_code, str(error))
+    except (DiskError, OSError):
+        return
+
+
+def _last_step(directory: Path) -> int:
+    """Return the step of the last row of the metrics."""
+    return max((int(row["step"]) for row in read_lines(directory / "metrics.jsonl")), default=0)
