@@ -109,11 +109,13 @@ def _identity() -> dict[str, Any]:
 
 
 def _process_start(pid: int) -> str:
-    """Return when a process of this machine started, in clock ticks; empty if there is none: numbers are reused."""
+    """Return when a process of this machine started, in clock ticks; empty if it has ended: numbers are reused."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
+    # In a container nobody may ever collect a killed orphan: it stays as a zombie.
+    return "" if fields[0] in "ZX" else fields[19]
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -68,6 +68,19 @@ def test_release_leaves_a_lock_that_somebody_else_took(tmp_path):
     assert json.loads((tmp_path / "lock.json").read_text())["pid"] == 99
 
 
+def test_a_zombie_holds_nothing(tmp_path):
+    path = tmp_path / "lock.json"
+    with subprocess.Popen(["sleep", "30"]) as child:
+        hold(path, pid=child.pid, process_start=_process_start(child.pid))
+        assert is_held_by_another(path)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_held_by_another(path)
+        lock = RunLock(path)
+        assert lock.acquire() == f"process {child.pid} on {socket.gethostname()}"
+        lock.release()
+
+
 def test_whether_another_run_is_alive(tmp_path):
     path = tmp_path / "lock.json"
     assert not is_held_by_another(path)
