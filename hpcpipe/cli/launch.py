@@ -169,7 +169,8 @@ def conclude(outcome: "Outcome", status: Status | None) -> int:
         )
     if outcome.code in set(ExitCode) - {ExitCode.DONE}:
         return outcome.code
-    if status is None and outcome.was_asked_to_stop:
+    # The run may have begun between the look at its status and the end of mpirun.
+    if outcome.was_ended or (status is None and outcome.was_asked_to_stop):
         raise StoppedError("asked to stop before the first step; nothing was written")
     if status is None and outcome.code == _MPIRUN_REFUSED:
         raise UsageError("mpirun could not start the ranks, for the reason above; check -n and --mpirun-arg")

@@ -43,12 +43,15 @@ class Outcome:
         Ranks that ended badly, first things first, as ``mpirun`` reported them.
     was_asked_to_stop, was_killed : bool
         A stop was asked for; everything was killed at once on request.
+    was_ended : bool
+        A stop was asked for before the run had begun, and ``mpirun`` was ended.
     """
 
     code: int
     failures: tuple[Failure, ...]
     was_asked_to_stop: bool
     was_killed: bool
+    was_ended: bool = False
 
 
 def new_launch_id() -> str:
@@ -102,7 +105,8 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], progress: Call
                 _kill_session(process.pid)
                 process.wait()
             watch.pass_rest()
-    return Outcome(process.returncode, tuple(watch.errors.failures), watch.was_asked_to_stop, watch.was_killed)
+    failures = tuple(watch.errors.failures)
+    return Outcome(process.returncode, failures, watch.was_asked_to_stop, watch.was_killed, watch.was_ended)
 
 
 class _Signals:
@@ -142,6 +146,7 @@ class _Watch:
         self.errors = BannerFilter()
         self.was_asked_to_stop = False
         self.was_killed = False
+        self.was_ended = False
         self._process = process
         self._progress = progress
         self._signals = signals
@@ -195,6 +200,7 @@ class _Watch:
             return
         self.was_asked_to_stop = True
         progress = self._progress()
+        self.was_ended |= progress is Progress.NOT_STARTED
         if progress is not Progress.FINAL:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal.SIGUSR1 if progress is Progress.RUNNING else signal.SIGTERM)

@@ -114,8 +114,8 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 KILLED = Failure(1, "on n1 was ended by signal 9 (Killed)")
 
 
-def outcome(code: int, *failures: Failure, stop: bool = False, killed: bool = False) -> Outcome:
-    return Outcome(code, failures, stop, killed)
+def outcome(code: int, *failures: Failure, stop: bool = False, killed: bool = False, ended: bool = False) -> Outcome:
+    return Outcome(code, failures, stop, killed, ended)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,7 @@ def test_the_true_exit_code(ended: Outcome, status: launch.Status | None, code: 
         (outcome(0), None, RankError, "mpirun ended with code 0"),
         (outcome(-15), None, RankError, "mpirun was ended by signal 15"),
         (outcome(1, stop=True), None, StoppedError, "before the first step"),
+        (outcome(1, stop=True, ended=True), launch.Status("running", None), StoppedError, "before the first step"),
         (outcome(-9, killed=True), launch.Status("running", None), StoppedError, "killed at once"),
         (outcome(213), None, UsageError, "--mpirun-arg"),
     ],

@@ -77,7 +77,8 @@ def test_ranks_left_behind_are_killed(tmp_path: Path) -> None:
 def test_a_stop_is_sent_as_the_run_can_take_it(progress: Progress, code: int) -> None:
     timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
     timer.start()
-    assert run("import time; time.sleep(30)", progress) == Outcome(code, (), True, False)
+    was_ended = progress is Progress.NOT_STARTED
+    assert run("import time; time.sleep(30)", progress) == Outcome(code, (), True, False, was_ended)
 
 
 def test_an_ignored_hangup_stays_ignored() -> None:
