@@ -25,6 +25,9 @@ class Kind(StrEnum):
     SEND_B = "SEND_B"
     RECV_B = "RECV_B"
 
+    # Enum's own hash is a Python function, and every pass over a schedule looks kinds up.
+    __hash__ = str.__hash__
+
 
 COMPUTE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W})
 

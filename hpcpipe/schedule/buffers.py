@@ -1,8 +1,12 @@
 """How many buffers of each kind a rank needs to walk its list."""
 
 from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
 
 from hpcpipe.schedule.action import Kind, Schedule
+from hpcpipe.schedule.flat import flatten
 
 
 @dataclass(frozen=True)
@@ -75,5 +79,12 @@ def count_buffers(schedule: Schedule, rank: int) -> BufferCounts:
 
 def peak_stash(schedule: Schedule) -> list[float]:
     """Return each rank's peak stash in activations of one microbatch through all layers of that rank."""
-    stages_per_rank = [len(schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
-    return [count_buffers(schedule, rank).stashes / max(1, stages_per_rank[rank]) for rank in range(schedule.num_ranks)]
+    flat = flatten(schedule.actions)
+    change = flat.is_any(Kind.F) * 1
+    if not schedule.is_forward_only:
+        change -= flat.is_any(Kind.B, Kind.W)
+    peaks = [
+        1 if schedule.is_forward_only and stop > start else int(np.cumsum(change[start:stop]).max(initial=0))
+        for start, stop in pairwise(flat.offsets.tolist())
+    ]
+    return [peak / max(1, len(schedule.stages_of(rank))) for rank, peak in enumerate(peaks)]

@@ -3,7 +3,8 @@
 import numpy as np
 
 from hpcpipe.schedule.action import Kind, Schedule
-from hpcpipe.schedule.positions import Positions, Table, Truths, failure, locate
+from hpcpipe.schedule.flat import Table, Truths
+from hpcpipe.schedule.positions import Positions, failure, locate
 from hpcpipe.schedule.replay import replay
 
 
@@ -29,7 +30,7 @@ def check(schedule: Schedule) -> None:
     positions = locate(schedule)
     for rule in (_complete, _ordered, _ascending, _matched):
         rule(schedule, positions)
-    replay(schedule)
+    replay(schedule, positions)
 
 
 def _require(schedule: Schedule, holds: Truths, position: Table | None, rule: str) -> None:

@@ -1,9 +1,12 @@
 """Lowering: put the messages between the compute actions, in one pass that serves every schedule."""
 
-from bisect import bisect_left
+from itertools import chain, pairwise
+
+import numpy as np
 
 from hpcpipe.schedule.action import Action, Kind, Schedule
-from hpcpipe.schedule.clock import Times, run
+from hpcpipe.schedule.clock import needs_of, run
+from hpcpipe.schedule.flat import Flat, Table, Times, flatten
 
 _AHEAD = 1
 
@@ -26,53 +29,43 @@ def lower(schedule: Schedule) -> Schedule:
     Schedule
         The same compute actions in the same order, with messages between them.
     """
-    turn = [1.0] * schedule.num_stages
-    starts, ends = run(schedule, schedule.actions, turn, turn, turn)
-    receives = _place_receives(schedule, starts, ends)
-    leaves = [schedule.output_crosses(stage) for stage in range(schedule.num_stages)]
-    enters = [schedule.input_crosses(stage) for stage in range(schedule.num_stages)]
-    sends = {Kind.F: (leaves, Kind.SEND_F), Kind.B: (enters, Kind.SEND_B), Kind.I: (enters, Kind.SEND_B)}
+    flat = flatten(schedule.actions)
+    needs = needs_of(schedule, flat)
+    takes = np.flatnonzero((needs >= 0) & (needs < len(needs)))
+    takes = takes[flat.rank[needs[takes]] != flat.rank[takes]]
+    turns = 1.0 + flat.is_any(Kind.B)
+    timed = run(flat.offsets.tolist(), needs.tolist(), turns.tolist(), [0.0] * len(needs))
+    starts, ends = (np.array(times, np.float64) for times in timed)
+    # A schedule that cannot run has no times for the rest of its lists; the proof will refuse it.
+    takes = takes[~np.isnan(ends[needs[takes]])]
+    makes = needs[takes]
+    posted = _post(flat, takes, starts, ends[makes])
+    # Receives at one place are posted in the order in which they are sent, gradients first.
+    order = np.lexsort((flat.microbatch[takes], flat.stage[takes], flat.is_any(Kind.F)[takes], ends[makes], posted))
 
-    lists = []
-    for actions, due in zip(schedule.actions, receives, strict=True):
-        lowered: list[Action] = []
-        for position, action in enumerate(actions):
-            lowered += due[position]
-            lowered.append(action)
-            kind, stage, k = action
-            if kind is not Kind.W:
-                crosses, message = sends[kind]
-                if crosses[stage]:
-                    lowered.append(Action(message, stage, k))
-        lists.append(tuple(lowered))
-    return Schedule(schedule.name, schedule.num_microbatches, schedule.stage_to_rank, tuple(lists))
+    receives = _messages(flat, takes[order], Kind.RECV_F, Kind.RECV_B)
+    sends = _messages(flat, makes, Kind.SEND_F, Kind.SEND_B)
+    merged = [*receives, *chain.from_iterable(schedule.actions), *sends]
+    place = np.concatenate((posted[order], np.arange(len(needs)), makes))
+    part = np.repeat([0, 1, 2], [len(receives), len(needs), len(sends)])
+    order = np.argsort(3 * place + part, kind="stable")
+    merged = [merged[index] for index in order.tolist()]
+    bounds = np.searchsorted(place[order], flat.offsets).tolist()
+    lists = tuple(tuple(merged[start:stop]) for start, stop in pairwise(bounds))
+    return Schedule(schedule.name, schedule.num_microbatches, schedule.stage_to_rank, lists)
 
 
-def _place_receives(schedule: Schedule, starts: Times, ends: Times) -> list[list[list[Action]]]:
-    """Return, for each rank and position, the receives to post there, in the order in which they are sent."""
-    consumers: dict[tuple[bool, int, int], int] = {}
-    for actions in schedule.actions:
-        for position, (kind, stage, k) in enumerate(actions):
-            if kind is not Kind.W:
-                consumers[kind is Kind.F, stage, k] = position
+def _post(flat: Flat, takes: Table, starts: Times, sent: Times) -> Table:
+    """Return, for each action that takes a message, the index of the one before which its receive is posted."""
+    posted = np.empty_like(takes)
+    bounds = np.searchsorted(takes, flat.offsets)
+    for (first, last), (start, stop) in zip(pairwise(bounds), pairwise(flat.offsets), strict=True):
+        running = start + np.searchsorted(starts[start:stop], sent[first:last]) - 1
+        posted[first:last] = np.maximum(start, np.minimum(running, takes[first:last] - _AHEAD))
+    return posted
 
-    placed: list[list[tuple[int, float, Action]]] = [[] for _ in schedule.actions]
-    for actions, times in zip(schedule.actions, ends, strict=True):
-        # A schedule that cannot run has no times for the rest of its lists; the proof will refuse it.
-        for (kind, stage, k), sent in zip(actions, times, strict=False):
-            is_forward = kind is Kind.F
-            receiver = stage + (1 if is_forward else -1)
-            crosses = schedule.output_crosses(stage) if is_forward else schedule.input_crosses(stage)
-            needed = consumers.get((is_forward, receiver, k))
-            if kind is Kind.W or not crosses or needed is None:
-                continue
-            rank = schedule.stage_to_rank[receiver]
-            running = bisect_left(starts[rank], sent) - 1
-            message = Action(Kind.RECV_F if is_forward else Kind.RECV_B, receiver, k)
-            placed[rank].append((max(0, min(running, needed - _AHEAD)), sent, message))
 
-    receives: list[list[list[Action]]] = [[[] for _ in actions] for actions in schedule.actions]
-    for rank, messages in enumerate(placed):
-        for position, _, message in sorted(messages):
-            receives[rank][position].append(message)
-    return receives
+def _messages(flat: Flat, indices: Table, forward: Kind, backward: Kind) -> list[Action]:
+    """Return a message of one kind for every forward, and of the other for every backward."""
+    kinds = [forward if ahead else backward for ahead in flat.is_any(Kind.F)[indices].tolist()]
+    return list(map(Action, kinds, flat.stage[indices].tolist(), flat.microbatch[indices].tolist()))

@@ -2,10 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
-from hpcpipe.schedule.action import COMPUTE, Action, Kind, Schedule
+import numpy as np
+
+from hpcpipe.errors import UsageError
+from hpcpipe.schedule.action import Kind, Schedule
 from hpcpipe.schedule.buffers import peak_stash
-from hpcpipe.schedule.clock import run
+from hpcpipe.schedule.clock import needs_of, run
+from hpcpipe.schedule.flat import KINDS, Table, Times, flatten
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,6 @@ class Costs:
             message,
         )
 
-    def of(self, action: Action) -> float:
-        """Return what a compute action takes."""
-        kind, stage, _ = action
-        if kind is Kind.F:
-            return self.forward[stage]
-        if kind is Kind.I:
-            return self.backward_input[stage]
-        if kind is Kind.W:
-            return self.backward_weight[stage]
-        return self.backward_input[stage] + self.backward_weight[stage]
-
 
 @dataclass(frozen=True)
 class Timeline:
@@ -62,8 +56,8 @@ class Timeline:
 
     Attributes
     ----------
-    starts : tuple of tuple of float
-        For each rank, when each of its compute actions starts, in the order of its list.
+    starts, ends : tuple of tuple of float
+        For each rank, when each of its compute actions starts and ends, in the order of its list.
     busy : tuple of float
         For each rank, the time that it computes.
     makespan : float
@@ -77,11 +71,28 @@ class Timeline:
     """
 
     starts: tuple[tuple[float, ...], ...]
+    ends: tuple[tuple[float, ...], ...]
     busy: tuple[float, ...]
     makespan: float
     bubble: float
     peak_stash: list[float]
     max_in_flight: int
+
+    @property
+    def fill_and_drain(self) -> list[float]:
+        """For each rank, the time before its first action and after its last one."""
+        return [
+            self.makespan - (ends[-1] - starts[0] if starts else 0.0)
+            for starts, ends in zip(self.starts, self.ends, strict=True)
+        ]
+
+    @property
+    def waiting(self) -> list[float]:
+        """For each rank, the time that it waits between its first action and its last one."""
+        return [
+            max(0.0, self.makespan - busy - outside)
+            for busy, outside in zip(self.busy, self.fill_and_drain, strict=True)
+        ]
 
 
 def simulate(schedule: Schedule, costs: Costs) -> Timeline:
@@ -95,41 +106,55 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
         Lowered or not; only compute actions and where messages cross ranks matter.
     costs : Costs
         One number per stage and kind.
+
+    Raises
+    ------
+    UsageError
+        If a rank waits for ever, which `check` would have said.
     """
-    lists = [[action for action in actions if action.kind in COMPUTE] for actions in schedule.actions]
-    starts, ends = run(schedule, lists, costs.forward, costs.backward_input, costs.backward_weight, costs.message)
-    busy = tuple(sum(map(costs.of, actions)) for actions in lists)
-    makespan = max(max(times, default=0.0) for times in ends)
+    flat = flatten(schedule.actions).compute()
+    needs = needs_of(schedule, flat)
+    waits = needs < len(needs)
+    crosses = waits & (flat.rank[np.where(waits, needs, 0)] != flat.rank)
+    durations = _table(schedule, costs)[flat.kind, flat.stage]
+    delays = np.where(crosses, costs.message, 0.0)
+    offsets = flat.offsets.tolist()
+    timed = run(offsets, needs.tolist(), durations.tolist(), delays.tolist())
+    starts, ends = (np.array(times, np.float64) for times in timed)
+    if np.isnan(ends).any():
+        rank = int(flat.rank[np.argmax(np.isnan(ends))])
+        raise UsageError(f"schedule {schedule.name}: rank {rank} waits for ever, so there is nothing to simulate")
+
+    def per_rank(values: Times) -> list[list[float]]:
+        return [values[start:stop].tolist() for start, stop in pairwise(offsets)]
+
+    busy = tuple(map(sum, per_rank(durations)))
+    makespan = float(ends.max(initial=0.0))
     return Timeline(
-        starts=tuple(map(tuple, starts)),
+        starts=tuple(map(tuple, per_rank(starts))),
+        ends=tuple(map(tuple, per_rank(ends))),
         busy=busy,
         makespan=makespan,
         bubble=makespan - sum(busy) / len(busy),
         peak_stash=peak_stash(schedule),
-        max_in_flight=_max_in_flight(schedule, lists, starts, ends),
+        max_in_flight=_max_in_flight(flat.rank[needs[crosses]], ends[needs[crosses]], starts[crosses]),
     )
 
 
-def _max_in_flight(
-    schedule: Schedule, lists: list[list[Action]], starts: list[list[float]], ends: list[list[float]]
-) -> int:
+def _table(schedule: Schedule, costs: Costs) -> Times:
+    """Return what each kind of action takes on each stage, in the order of `KINDS`."""
+    taken = {Kind.F: costs.forward, Kind.I: costs.backward_input, Kind.W: costs.backward_weight}
+    table = np.zeros((len(KINDS), schedule.num_stages))
+    for kind, row in taken.items():
+        table[KINDS.index(kind)] = row
+    table[KINDS.index(Kind.B)] = np.add(costs.backward_input, costs.backward_weight)
+    return table
+
+
+def _max_in_flight(senders: Table, sent: Times, taken: Times) -> int:
     """Count, per sender, the messages between the end of their action and the start of the one that takes them."""
-    taken: dict[tuple[bool, int, int], float] = {}
-    for actions, times in zip(lists, starts, strict=True):
-        for (kind, stage, k), start in zip(actions, times, strict=True):
-            if kind is not Kind.W:
-                taken[kind is Kind.F, stage, k] = start
-    most = 0
-    for actions, times in zip(lists, ends, strict=True):
-        changes: list[tuple[float, int]] = []
-        for (kind, stage, k), end in zip(actions, times, strict=True):
-            is_forward = kind is Kind.F
-            crosses = schedule.output_crosses(stage) if is_forward else schedule.input_crosses(stage)
-            if kind is not Kind.W and crosses:
-                changes += [(end, 1), (taken[is_forward, stage + (1 if is_forward else -1), k], -1)]
-        live = 0
-        # A message that is taken up at the moment it is sent is not in flight.
-        for _, change in sorted(changes):
-            live += change
-            most = max(most, live)
-    return most
+    rank = np.concatenate((senders, senders))
+    change = np.repeat([1, -1], len(senders))
+    # A message that is taken up at the moment it is sent is not in flight; what one sender sends is all taken up.
+    order = np.lexsort((change, np.concatenate((sent, taken)), rank))
+    return int(np.cumsum(change[order]).max(initial=0))
