@@ -47,7 +47,7 @@ class ParallelConfig:
 
     pipeline: int = key(0, "pipeline stages; 0: number of ranks / data")
     data: int = key(1, "replicas of the pipeline")
-    schedule: str = key("1f1b", "order of the actions, by name: `hpcpipe schedule show` draws them")
+    schedule: str = key("1f1b", "order of the actions: a name that `hpcpipe schedule show` draws, or a .csv file")
     chunks: int = key(0, "stages per rank; 0: what the schedule is defined for, or 2 where it may be any number")
     microbatches: int = key(8, "microbatches per step over all replicas, a multiple of data")
     microbatch_size: int = key(4, "samples per microbatch")

@@ -1,14 +1,16 @@
 """What every part of a run shares: its place, its files, its voice."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from hpcpipe.config.schema import Config
-from hpcpipe.errors import ExitCode
+from hpcpipe.errors import ExitCode, UsageError
 from hpcpipe.mpi.channel import MessageMode
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.schedule.build import build
+from hpcpipe.schedule.csv_file import build_from_csv
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.metrics import MetricsLog
@@ -66,12 +68,29 @@ class Session:
 
 
 def build_schedule(config: Config) -> Schedule:
-    """Return the proven schedule of a resolved configuration.
+    """Return the proven schedule of a resolved configuration: by its name, or from a CSV file.
 
     Raises
     ------
     UsageError
-        If the schedule does not exist, or not for these numbers.
+        If the schedule does not exist, cannot be read, or is not for these numbers.
     """
     parallel = config.parallel
-    return build(parallel.schedule, parallel.pipeline, parallel.microbatches // parallel.data, parallel.chunks)
+    num_microbatches = parallel.microbatches // parallel.data
+    if not parallel.schedule.endswith(".csv"):
+        return build(parallel.schedule, parallel.pipeline, num_microbatches, parallel.chunks)
+    path = Path(parallel.schedule)
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"parallel.schedule = {path}: the file could not be read ({error})") from error
+    schedule = build_from_csv(text, str(path))
+    for key, found, wanted in (
+        ("parallel.pipeline", schedule.num_ranks, parallel.pipeline),
+        ("parallel.microbatches / parallel.data", schedule.num_microbatches, num_microbatches),
+    ):
+        if found != wanted:
+            raise UsageError(
+                f"parallel.schedule = {path} is for {key} = {found}, and here it is {wanted}: set it to {found}"
+            )
+    return schedule

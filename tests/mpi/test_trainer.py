@@ -8,10 +8,12 @@ from mpi4py import MPI
 
 from hpcpipe.config.check import check_stages, resolve
 from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
+from hpcpipe.errors import UsageError
 from hpcpipe.mpi.channel import MessageMode
 from hpcpipe.mpi.grid import make_grid
 from hpcpipe.mpi.wait import Waiter
-from hpcpipe.schedule.build import GENERATORS
+from hpcpipe.schedule.build import GENERATORS, generate
+from hpcpipe.schedule.csv_file import write_csv
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.session import build_schedule
 from hpcpipe.train.state import build_state
@@ -97,6 +99,14 @@ def test_same_bits_for_every_schedule(comm, schedule):
     assert_same(comm, comm.size, 1, schedule=schedule, layers=17, microbatches=2 * comm.size, recompute="full")
     if comm.size % 2 == 0:
         assert_same(comm, comm.size // 2, 2, schedule=schedule, layers=17, microbatches=2 * comm.size, lanes=4)
+
+
+def test_a_schedule_from_a_file_gives_the_same_bits(comm, tmp_path_factory):
+    path = tmp_path_factory.mktemp(f"rank{comm.rank}") / "mine.csv"
+    path.write_text(write_csv(generate("zb-v", comm.size, 3)))
+    assert_same(comm, comm.size, 1, schedule=str(path), layers=17, microbatches=3)
+    with pytest.raises(UsageError, match=r"mine.csv is for parallel.microbatches .* = 3, and here it is 4"):
+        train(comm, comm.size, 1, schedule=str(path), layers=17, microbatches=4)
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 3, 5])
