@@ -48,13 +48,10 @@ def unchanged(before: dict[str, bytes], directory: Path) -> None:
     ("num_ranks", "settings", "parts"),
     [
         (2, ["train.stpes=3"], ["train.stpes", "train.steps"]),
-        (2, ["trian.steps=3"], ["trian", "train"]),
-        (2, ["train.steps=many"], ["train.steps", '"many"']),
         (3, ["parallel.pipeline=2", "parallel.data=2"], ["pipeline = 2", "data = 2", "4 ranks", "3 ranks", "-n 4"]),
         (3, ["parallel.data=2"], ["parallel.data = 2", "3", "-n 4"]),
         (6, [], ["model.layers = 5", "6 stages", "model.layers = 6", "-n 5"]),
         (3, ["parallel.partition=[2,2,2]"], ["parallel.partition = [2, 2, 2]", "6 layers", "model.layers = 5"]),
-        (2, ["model.heads=5"], ["model.width = 32", "model.heads = 5"]),
         (2, ["model.vocab=200"], ["model.vocab = 200", "257", "model.vocab = 257"]),
         (2, ["model.vocab=300", "model.width=48"], ["width", "48", "32", "vocab", "300", "257", "run.name"]),
         (3, ["model.layers=6", "model.tied=false"], ["layers", "6", "5", "tied", "run.name"]),
@@ -95,15 +92,14 @@ def text(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "parts"),
+    ("damage", "num_ranks", "parts"),
     [
-        (missing, ["no such token file", "hpcpipe data prepare"]),
-        (truncated, ["truncated", "{expected}", "{found}", "hpcpipe data prepare"]),
-        (text, ["not a token file"]),
+        (missing, 3, ["no such token file", "hpcpipe data prepare"]),
+        (truncated, 2, ["truncated", "{expected}", "{found}", "hpcpipe data prepare"]),
+        (text, 1, ["not a token file"]),
     ],
 )
-@pytest.mark.parametrize("num_ranks", [1, 3])
-def test_damaged_token_files(runs: Runs, tokens: Path, copy_of_finished, damage, parts, num_ranks: int) -> None:
+def test_damaged_token_files(runs: Runs, tokens: Path, copy_of_finished, damage, num_ranks: int, parts) -> None:
     path = runs.root / "my-tokens.h5"
     shutil.copy(tokens, path)
     numbers = {"expected": path.stat().st_size, "found": path.stat().st_size - 5000}
@@ -174,7 +170,7 @@ def test_the_checkpoint_that_was_asked_for_is_damaged(runs: Runs, copy_of_finish
     unchanged(before, directory)
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("victim", [0, 2])
 def test_an_exception_on_one_rank(runs: Runs, victim: int) -> None:
     words = runs.arguments("run", 3, ["checkpoint.every=2"])
     driver = [sys.executable, FAILING_RANK, victim, 6]
