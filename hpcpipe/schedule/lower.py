@@ -1,10 +1,11 @@
 """Lowering: put the messages between the compute actions, in one pass that serves every schedule."""
 
+from dataclasses import replace
 from itertools import chain, pairwise
 
 import numpy as np
 
-from hpcpipe.schedule.action import Action, Kind, Schedule
+from hpcpipe.schedule.action import COMPUTE, Action, Kind, Schedule
 from hpcpipe.schedule.clock import needs_of, run
 from hpcpipe.schedule.flat import Flat, Table, Times, flatten
 
@@ -52,7 +53,13 @@ def lower(schedule: Schedule) -> Schedule:
     merged = [merged[index] for index in order.tolist()]
     bounds = np.searchsorted(place[order], flat.offsets).tolist()
     lists = tuple(tuple(merged[start:stop]) for start, stop in pairwise(bounds))
-    return Schedule(schedule.name, schedule.num_microbatches, schedule.stage_to_rank, lists)
+    return replace(schedule, actions=lists)
+
+
+def without_messages(schedule: Schedule) -> Schedule:
+    """Return the compute actions of a schedule, from which `lower` makes messages again."""
+    lists = tuple(tuple(action for action in actions if action.kind in COMPUTE) for actions in schedule.actions)
+    return replace(schedule, actions=lists)
 
 
 def _post(flat: Flat, takes: Table, starts: Times, sent: Times) -> Table:
