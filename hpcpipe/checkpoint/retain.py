@@ -8,11 +8,12 @@ from hpcpipe.checkpoint.manifest import load_manifest
 from hpcpipe.errors import DamagedError
 
 
-def retain(root: Path, keep: int) -> list[Path]:
+def retain(root: Path, keep: int, newest: Path) -> list[Path]:
     """Remove old checkpoints. One rank calls it, after a commit.
 
-    Only a checkpoint whose manifest is sound and whose files have their sizes counts as kept, so that a damaged
-    one never pushes out a good one. What is older than the oldest kept goes, damaged or not.
+    The checkpoint just written is always kept and counts first; then come older ones whose manifest is sound and whose
+    files have their sizes. What is older than the oldest kept goes, damaged or not. A checkpoint of a later step is
+    neither counted nor removed: this run did not write it, and went on without it for a reason.
 
     Parameters
     ----------
@@ -20,6 +21,8 @@ def retain(root: Path, keep: int) -> list[Path]:
         The run's ``checkpoints`` directory.
     keep : int
         How many stay; 0: all.
+    newest : Path
+        The checkpoint just written.
 
     Returns
     -------
@@ -31,11 +34,13 @@ def retain(root: Path, keep: int) -> list[Path]:
     DiskError
         The file system refused; what was not yet removed is still there, whole or under a ``trash-`` name.
     """
-    every = candidates(root)
-    complete = [path for path in every if _is_complete(path)] if keep > 0 else []
-    if len(complete) <= keep or keep <= 0:
+    if keep <= 0:
         return []
-    old = every[every.index(complete[keep - 1]) + 1 :]
+    older = [path for path in candidates(root) if path.name < newest.name]
+    complete = [path for path in older if _is_complete(path)]
+    if len(complete) < keep:
+        return []
+    old = older[older.index(complete[keep - 2]) + 1 :] if keep > 1 else older
     trash = [move_to_trash(path) for path in old]
     sync_directory(root)
     for path in trash:

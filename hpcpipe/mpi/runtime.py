@@ -32,14 +32,15 @@ class World:
         A duplicate of the world communicator, freed by `stop`.
     rank, size : int
         This rank and the number of ranks.
-    local_rank : int
-        This rank among those of its node.
+    local_rank, num_local_ranks : int
+        This rank among those of its node, and how many they are.
     """
 
     comm: MPI.Intracomm
     rank: int
     size: int
     local_rank: int
+    num_local_ranks: int
 
 
 def _every_rank() -> MPI.Intracomm:
@@ -61,9 +62,9 @@ def start() -> World:
         MPI.Init_thread(MPI.THREAD_FUNNELED)
     comm = _every_rank().Dup()
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
-    local_rank = node.rank
+    local_rank, num_local_ranks = node.rank, node.size
     node.Free()
-    return World(comm, comm.rank, comm.size, local_rank)
+    return World(comm, comm.rank, comm.size, local_rank, num_local_ranks)
 
 
 def stop(world: World) -> None:

@@ -1,8 +1,9 @@
 """The loop: steps, evaluations and checkpoints until the last step or a request to stop."""
 
+import math
 import time
 
-from hpcpipe.errors import ExitCode, StoppedError
+from hpcpipe.errors import ExitCode, NumericsError, StoppedError
 from hpcpipe.model.gpt2 import training_flops_per_sample
 from hpcpipe.train.evaluate import Evaluation, Evaluator
 from hpcpipe.train.save import save
@@ -106,6 +107,14 @@ class Loop:
         if self._evaluator is None:
             return
         evaluation = self._evaluation = self._evaluator.run()
+        if not math.isfinite(evaluation.val_loss):
+            error = NumericsError(
+                f"step {self._state.step}: held-out loss {evaluation.val_loss}: the last update broke the weights;"
+                f" lower train.learning_rate ({self._session.config.train.learning_rate:g}) and go on from the last"
+                " checkpoint"
+            )
+            error.on_all_ranks = True
+            raise error
         if self._metrics is not None:
             row = {"step": self._state.step, "val_loss": evaluation.val_loss, "bits_per_byte": evaluation.bits_per_byte}
             self._metrics.add(row)

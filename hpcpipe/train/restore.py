@@ -1,9 +1,10 @@
 """Starting again: the newest checkpoint that verifies, and why others were passed over."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from hpcpipe.checkpoint.layout import candidates, locate
+from hpcpipe.checkpoint.layout import candidates, locate, step_of
 from hpcpipe.checkpoint.manifest import load_manifest
 from hpcpipe.checkpoint.table import Manifest
 from hpcpipe.checkpoint.verify import verify_file
@@ -49,7 +50,8 @@ def restore(
     DamagedError
         If there are checkpoints and none of them verifies, or the one that was asked for does not.
     UsageError
-        If the checkpoint is of another model, or ``never`` would write over checkpoints.
+        If the checkpoint is of another model, ``never`` would write over checkpoints, or the one that was asked for is
+        older than others of the run.
     """
     paths = _choose(grid, waiter, root, resume)
     problems = []
@@ -67,6 +69,8 @@ def restore(
         assert manifest is not None
         with together(grid.comm, waiter):
             check_model(state, path, manifest)
+            if resume != "auto" and grid.comm.rank == 0:
+                _require_newest(root, manifest.step)
         with together(grid.comm, waiter):
             load_state(state, path, manifest)
         return path, manifest
@@ -91,8 +95,19 @@ def _choose(grid: Grid, waiter: Waiter, root: Path, resume: str) -> list[Path]:
                 paths = existing
             elif resume != "never":
                 paths = locate(Path(resume))
-    text = "\n".join(map(str, paths)).encode() if grid.comm.rank == 0 else None
-    return [Path(line) for line in broadcast_bytes(grid.comm, waiter, text, 0).decode().splitlines()]
+    content = b"\0".join(map(os.fsencode, paths)) if grid.comm.rank == 0 else None
+    names = broadcast_bytes(grid.comm, waiter, content, 0)
+    return [Path(os.fsdecode(name)) for name in names.split(b"\0") if name]
+
+
+def _require_newest(root: Path, step: int) -> None:
+    """Refuse to go back in a directory that holds later steps: they would be taken for the new run's."""
+    later = [path for path in candidates(root) if (step_of(path.name) or 0) > step]
+    if later:
+        raise UsageError(
+            f"{root} holds {later[0].name} and {len(later) - 1} more checkpoints later than step {step}, which the next"
+            " start would take for this run's: move them away, or go on under another run.name"
+        )
 
 
 def _require_sound(path: Path, manifest: Manifest, name: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import hpcpipe
+from hpcpipe.cluster.processor import memory
 from hpcpipe.config.check import check_data, check_stages, resolve
 from hpcpipe.config.dump import to_toml
 from hpcpipe.config.load import load, run_directory
@@ -12,13 +13,13 @@ from hpcpipe.config.schema import Config
 from hpcpipe.data.prepare import default_path, ensure_prepared
 from hpcpipe.data.reader import TokenFile
 from hpcpipe.data.windows import HeldOut, Samples
-from hpcpipe.errors import DiskError, ExitCode
+from hpcpipe.errors import DiskError, ExitCode, UsageError
 from hpcpipe.kernels import warm
 from hpcpipe.model.gpt2 import count_parameters
 from hpcpipe.mpi import runtime
 from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.channel import MessageMode
-from hpcpipe.mpi.collectives import barrier
+from hpcpipe.mpi.collectives import barrier, broadcast_bytes
 from hpcpipe.mpi.grid import make_grid
 from hpcpipe.mpi.runtime import World
 from hpcpipe.mpi.wait import Waiter
@@ -30,6 +31,7 @@ from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.evaluate import Evaluator
 from hpcpipe.train.finish import show_compression, show_sample
+from hpcpipe.train.footprint import predict_bytes, require_memory
 from hpcpipe.train.leave import leaving_together
 from hpcpipe.train.lock import RunLock
 from hpcpipe.train.loop import Loop
@@ -41,6 +43,9 @@ from hpcpipe.train.step import Trainer
 from hpcpipe.train.stop import StopRequest
 
 MESSAGES = "HPCPIPE_TEST_MESSAGES"
+
+# Compiling, preparing data and compressing held-out text take as long as they take, on one rank.
+_SETUP_TIMEOUT_S = 3600.0
 
 
 def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
@@ -73,13 +78,12 @@ def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
 
 def _train(world: World, config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
     stop = StopRequest()
-    waiter = Waiter(timeout_s=600.0)
+    waiter = Waiter(_SETUP_TIMEOUT_S)
     with together(world.comm, waiter):
         config = resolve(load(config_path, overrides), world.size)
         schedule = build_schedule(config)
         config = check_stages(config, schedule.num_stages)
         mode = MessageMode.parse(os.environ.get(MESSAGES, ""))
-    waiter.timeout_s = config.parallel.timeout_s
     directory = RunDirectory.of(config.run)
     lock = RunLock(directory.lock)
     with together(world.comm, waiter):
@@ -89,7 +93,7 @@ def _train(world: World, config_path: Path, overrides: Sequence[str], resume: st
         grid = make_grid(world.comm, config.parallel.pipeline, config.parallel.data)
         console = Console(config.telemetry.console if world.rank == 0 else "quiet")
         events = EventLog(directory.events if world.rank == 0 else None)
-        session = Session(config, schedule, directory, grid, waiter, mode, console, events)
+        session = Session(config, schedule, directory, grid, world.num_local_ranks, waiter, mode, console, events)
         session.status(0, None)
         events.add("started", hpcpipe=hpcpipe.__version__, ranks=world.size, pid=os.getpid(), resume=resume)
         _compile(session, world)
@@ -135,9 +139,12 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
         training, validation = tokens.split(config.data.validation_fraction)
         samples = Samples(training, config.model.context, config.run.seed)
         held_out = HeldOut(validation, config.model.context, config.data.validation_samples)
+        needed = predict_bytes(config, session.schedule, grid.stage_rank)
+        require_memory(needed, session.num_local_ranks, memory().available_bytes)
     state = build_state(config, session.schedule.stage_to_rank, grid.stage_rank)
-    _introduce(session, state, tokens)
+    _introduce(session, state, tokens, needed)
     resume_state(session, state, resume, tokens)
+    session.status(state.step, None)
     if state.step >= config.train.steps:
         console.say(f"nothing to do: step {state.step} is done and train.steps = {config.train.steps}")
         session.status(state.step, ExitCode.DONE)
@@ -151,7 +158,10 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     trainer = Trainer(state, session.schedule, grid, waiter, batches, session.mode)
     evaluator = Evaluator(state, grid, waiter, held_out, session.mode) if held_out.num_samples else None
     peak_flops = measure_peak_flops(grid, waiter)
-    evaluation = Loop(session, state, trainer, evaluator, stop, identity_of(tokens), peak_flops).run()
+    loop = Loop(session, state, trainer, evaluator, stop, identity_of(tokens), peak_flops)
+    waiter.timeout_s = config.parallel.timeout_s
+    evaluation = loop.run()
+    waiter.timeout_s = _SETUP_TIMEOUT_S
 
     if evaluation is not None:
         show_compression(session, held_out, evaluation)
@@ -164,10 +174,12 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
 def _open_tokens(session: Session) -> TokenFile:
     """Prepare the token file if the configuration names only a source, and open it on every rank."""
     data, comm = session.config.data, session.grid.comm
-    path = Path(data.file) if data.file else default_path(data.source, Path(session.config.run.dir))
+    name = b""
     with together(comm, session.waiter):
-        if comm.rank == 0 and not data.file:
-            ensure_prepared(data.source, path, session.console.say)
+        if comm.rank == 0:
+            path = Path(data.file) if data.file else _prepare(session)
+            name = os.fsencode(path)
+    path = Path(os.fsdecode(broadcast_bytes(comm, session.waiter, name if comm.rank == 0 else None, 0)))
     tokens = None
     with together(comm, session.waiter):
         tokens = TokenFile(path)
@@ -175,7 +187,20 @@ def _open_tokens(session: Session) -> TokenFile:
     return tokens
 
 
-def _introduce(session: Session, state: State, tokens: TokenFile) -> None:
+def _prepare(session: Session) -> Path:
+    """Prepare the token file of the configured source, unless it is there already."""
+    source, directory = session.config.data.source, Path(session.config.run.dir)
+    if source != "stdlib" and directory.resolve().is_relative_to(Path(source).resolve()):
+        raise UsageError(
+            f"run.dir = {directory} lies inside data.source = {source}, so the run would read its own files: set"
+            " run.dir to a folder elsewhere"
+        )
+    path = default_path(source, directory)
+    ensure_prepared(source, path, session.console.say)
+    return path
+
+
+def _introduce(session: Session, state: State, tokens: TokenFile, needed_bytes: int) -> None:
     """Say what is about to run."""
     config, grid, say = session.config, session.grid, session.console.say
     model, parallel = config.model, config.parallel
@@ -192,4 +217,5 @@ def _introduce(session: Session, state: State, tokens: TokenFile) -> None:
     )
     say(f"data: {tokens.path}, {tokens.num_tokens:,} tokens in {tokens.num_documents:,} documents of {tokens.source}")
     say(f"kernels: {warm.describe()}")
+    say(f"memory: about {needed_bytes / 2**20:,.0f} MiB for weights, optimizer and activations of rank 0")
     say(f"run directory: {session.directory.path}")

@@ -1,6 +1,8 @@
 """Writing a checkpoint: every rank of one replica writes its file, rank 0 commits."""
 
 import json
+import math
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -11,7 +13,8 @@ from hpcpipe.checkpoint.layout import Piece
 from hpcpipe.checkpoint.retain import retain
 from hpcpipe.checkpoint.write import abandon, begin, commit, write_file
 from hpcpipe.config.dump import to_dict
-from hpcpipe.errors import HpcpipeError
+from hpcpipe.errors import HpcpipeError, NumericsError
+from hpcpipe.kernels.reduce import sum_of_squares
 from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.collectives import broadcast_bytes, gather_bytes
 from hpcpipe.mpi.grid import Grid
@@ -43,15 +46,18 @@ def save(state: State, grid: Grid, waiter: Waiter, root: Path, data: dict[str, s
 
     Raises
     ------
+    NumericsError
+        On every rank, if a weight or moment is not a finite number; nothing is written.
     DiskError
         On every rank, if one of them could not write; earlier checkpoints are intact.
     """
     comm, is_root = grid.comm, grid.comm.rank == 0
     name, record, path = b"", b"", b""
     with together(comm, waiter):
+        _require_finite(state)
         if is_root:
-            name = str(begin(root, state.step)).encode()
-    partial = Path(broadcast_bytes(comm, waiter, name if is_root else None, 0).decode())
+            name = os.fsencode(begin(root, state.step))
+    partial = Path(os.fsdecode(broadcast_bytes(comm, waiter, name if is_root else None, 0)))
     try:
         with together(comm, waiter):
             if grid.replica == 0:
@@ -59,13 +65,25 @@ def save(state: State, grid: Grid, waiter: Waiter, root: Path, data: dict[str, s
         records = [json.loads(content) for content in gather_bytes(comm, waiter, record) if content]
         with together(comm, waiter):
             if is_root:
-                path = str(commit(partial, _header(state, grid, data), records)).encode()
-                retain(root, state.config.checkpoint.keep)
+                committed = commit(partial, _header(state, grid, data), records)
+                retain(root, state.config.checkpoint.keep, committed)
+                path = os.fsencode(committed)
     except HpcpipeError:
         if is_root:
             abandon(partial)
         raise
-    return Path(broadcast_bytes(comm, waiter, path if is_root else None, 0).decode())
+    return Path(os.fsdecode(broadcast_bytes(comm, waiter, path if is_root else None, 0)))
+
+
+def _require_finite(state: State) -> None:
+    """Refuse to keep a state that an update has broken: the next start would only fail again."""
+    for index, stage in state.stages.items():
+        for arena in (stage.parameters.weights, *stage.moments.values()):
+            if not math.isfinite(sum_of_squares(arena.flat)):
+                raise NumericsError(
+                    f"step {state.step}: weights or moments of stage {index} are not finite: no checkpoint is written;"
+                    f" lower train.learning_rate ({state.config.train.learning_rate:g}) and go on from the last one"
+                )
 
 
 def _pieces(state: State) -> list[Piece]:

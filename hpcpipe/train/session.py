@@ -32,6 +32,8 @@ class Session:
         Where the run keeps its files; only rank 0 writes the small ones.
     grid : Grid
         This rank's place.
+    num_local_ranks : int
+        Ranks of the run on this node.
     waiter : Waiter
         Waits, with its deadline.
     mode : MessageMode
@@ -46,6 +48,7 @@ class Session:
     schedule: Schedule
     directory: RunDirectory
     grid: Grid
+    num_local_ranks: int
     waiter: Waiter
     mode: MessageMode
     console: Console

@@ -37,8 +37,8 @@ def exit_of(pid):
 
 def write_on(root, steps):
     for step in steps:
-        make_checkpoint(root, step, 2)
-        retain(root, 2)
+        path, _ = make_checkpoint(root, step, 2)
+        retain(root, 2, path)
 
 
 def test_killed_at_any_moment_every_committed_checkpoint_verifies(tmp_path):
@@ -88,8 +88,8 @@ def test_killed_at_every_system_call_of_a_writing(tmp_path):
 
             for name in SYSTEM_CALLS:
                 setattr(os, name, counted(getattr(os, name)))
-            make_checkpoint(root, 2, 2)
-            retain(root, 1)
+            path, _ = make_checkpoint(root, 2, 2)
+            retain(root, 1, path)
 
         code = exit_of(in_child(write))
         sound = [path.name for path in candidates(root) if verify(path) == []]

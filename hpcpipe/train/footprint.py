@@ -1,0 +1,79 @@
+"""How much memory a rank will take, from the shapes of its layers and the lives of its buffers."""
+
+import math
+
+from hpcpipe.config.schema import Config
+from hpcpipe.errors import UsageError
+from hpcpipe.model.gpt2 import build_layers
+from hpcpipe.model.layer import Layer
+from hpcpipe.model.partition import partition
+from hpcpipe.model.tensors import BufferShapes
+from hpcpipe.schedule.action import Schedule
+from hpcpipe.schedule.buffers import count_buffers
+
+_FLOAT_BYTES = 4
+
+
+def predict_bytes(config: Config, schedule: Schedule, stage_rank: int) -> int:
+    """Return the bytes of weights, moments, gradients and activations of a pipeline rank, before any is allocated.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved, with the vocabulary.
+    schedule : Schedule
+        Lowered; its lists say how many stashes live at once.
+    stage_rank : int
+        The rank's place in its pipeline.
+    """
+    model, parallel = config.model, config.parallel
+    layers = build_layers(model)
+    cut = parallel.partition
+    ranges = partition(layers, schedule.num_stages, None if isinstance(cut, str) else cut)
+    counts = count_buffers(schedule, stage_rank)
+    stream = parallel.microbatch_size * model.context * model.width
+    total = (counts.streams + 2) * stream
+    for stage in schedule.stages_of(stage_rank):
+        held = layers[ranges[stage].start : ranges[stage].stop]
+        # Weights and two moments; a gradient for every lane that is open at once.
+        num_copies = 3 + (parallel.lanes // parallel.data).bit_length()
+        total += num_copies * sum(tensor.size for layer in held for tensor in layer.tensors)
+        total += _activations(held, parallel.microbatch_size, stream, counts.stashes, counts.upstreams, config)
+    return total * _FLOAT_BYTES
+
+
+def require_memory(needed_bytes: int, num_local_ranks: int, available_bytes: int) -> None:
+    """Refuse a run that does not fit into the memory of its node.
+
+    Raises
+    ------
+    UsageError
+        With the bytes that are needed, those there are, and what makes a run smaller.
+    """
+    total = needed_bytes * num_local_ranks
+    if total > available_bytes:
+        raise UsageError(
+            f"the model and its activations need about {_gib(needed_bytes)} per rank, {_gib(total)} for the"
+            f" {num_local_ranks} ranks of a node, and {_gib(available_bytes)} are free: use more nodes, set"
+            ' train.recompute = "full", or lower parallel.microbatch_size, model.context, model.width or model.layers'
+        )
+
+
+def _activations(
+    layers: tuple[Layer, ...], batch: int, stream: int, num_stashes: int, num_upstreams: int, config: Config
+) -> int:
+    stashes = [_elements(layer.stash_shapes(batch)) for layer in layers]
+    upstreams = [_elements(layer.upstream_shapes(batch)) for layer in layers]
+    scratch = max(_elements(layer.scratch_shapes(batch)) for layer in layers)
+    streams = (num_stashes + 1) * (len(layers) - 1) * stream
+    kept = sum(stashes) if config.train.recompute == "full" else num_stashes * sum(stashes)
+    # An evaluation keeps one stash more, and a schedule with whole backwards shares one upstream between layers.
+    return streams + kept + sum(stashes) + num_upstreams * sum(upstreams) + max(upstreams) + scratch
+
+
+def _elements(shapes: BufferShapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:,.1f} GiB"
