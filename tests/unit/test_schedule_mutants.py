@@ -1,0 +1,216 @@
+"""More than 10,000 broken schedules are refused, and no sound one is.
+
+Whether a mutant is sound is decided here, without the checker: its actions must be the right ones, on the right ranks,
+and the graph of everything that must come before something else must have no cycle.
+"""
+
+import random
+from collections import Counter
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
+
+import pytest
+
+from hpcpipe.errors import UsageError
+from hpcpipe.schedule.action import Action, Kind, Schedule
+from hpcpipe.schedule.build import GENERATORS, build
+from hpcpipe.schedule.check import check
+
+SHAPES = [(2, 4, 0), (3, 6, 0), (4, 8, 0)]
+MORE_CHUNKS = {"looped-bfs": 3, "interleaved": 3, "interleaved-zb": 4}
+BROKEN_PER_GENERATOR = max(800, -(-10_500 // len(GENERATORS)))
+
+F, B, I, W = Kind.F, Kind.B, Kind.I, Kind.W  # noqa: E741
+
+
+def programs(name):
+    shapes = [*SHAPES, (2, 4, MORE_CHUNKS[name])] if name in MORE_CHUNKS else SHAPES
+    return [build(name, *shape) for shape in shapes]
+
+
+def is_sound(mutant, original):
+    """Whether a mutant has the actions of the schedule that it came from, in an order that all ranks can follow.
+
+    Which backwards are whole and which are halves is no matter of order, so the actions must be those of the original.
+    """
+    for actions, right in zip(mutant.actions, original.actions, strict=True):
+        if Counter(actions) != Counter(right):
+            return False
+    last = mutant.num_stages - 1
+    everything = {action for actions in mutant.actions for action in actions}
+    before = TopologicalSorter()
+    for actions in mutant.actions:
+        for first, second in pairwise(actions):
+            before.add(second, first)
+    for action in everything:
+        kind, s, k = action
+        needs = {
+            F: [Action(Kind.RECV_F, s, k), Action(Kind.SEND_F, s - 1, k), Action(F, s - 1, k)],
+            W: [Action(I, s, k), *(Action(kind, s, j) for kind in (B, W) for j in range(k))],
+            Kind.SEND_F: [Action(F, s, k), Action(Kind.RECV_F, s + 1, k)],
+            Kind.SEND_B: [Action(B, s, k), Action(I, s, k), Action(Kind.RECV_B, s - 1, k)],
+            Kind.RECV_F: [],
+            Kind.RECV_B: [],
+        }
+        of_gradient = [
+            Action(Kind.RECV_B, s, k),
+            Action(Kind.SEND_B, s + 1, k),
+            Action(B, s + 1, k),
+            Action(I, s + 1, k),
+        ]
+        needs[I] = [Action(F, s, k), *(of_gradient if s < last else [])]
+        needs[B] = [*needs[I], *needs[W][1:]]
+        before.add(action, *everything.intersection(needs[kind]))
+    try:
+        before.prepare()
+    except CycleError:
+        return False
+    return True
+
+
+def with_lists(program, lists):
+    return Schedule(program.name, program.num_microbatches, program.stage_to_rank, tuple(map(tuple, lists)))
+
+
+def drop(program, lists, rank, at, dice):
+    del lists[rank][at]
+
+
+def repeat(program, lists, rank, at, dice):
+    lists[rank].insert(dice.randrange(len(lists[rank]) + 1), lists[rank][at])
+
+
+def other_rank(program, lists, rank, at, dice):
+    target = lists[dice.choice([other for other in range(len(lists)) if other != rank])]
+    target.insert(dice.randrange(len(target) + 1), lists[rank].pop(at))
+
+
+def other_microbatch(program, lists, rank, at, dice):
+    kind, stage, k = lists[rank][at]
+    lists[rank][at] = Action(kind, stage, dice.choice([j for j in range(-1, program.num_microbatches + 1) if j != k]))
+
+
+def other_stage(program, lists, rank, at, dice):
+    kind, stage, k = lists[rank][at]
+    lists[rank][at] = Action(kind, dice.choice([s for s in range(-1, program.num_stages + 1) if s != stage]), k)
+
+
+def other_kind(program, lists, rank, at, dice):
+    kind, stage, k = lists[rank][at]
+    lists[rank][at] = Action(dice.choice([other for other in Kind if other is not kind]), stage, k)
+
+
+def exchange_ranks(program, lists, rank, at, dice):
+    other = dice.choice([other for other in range(len(lists)) if other != rank])
+    there = dice.randrange(len(lists[other]))
+    lists[rank][at], lists[other][there] = lists[other][there], lists[rank][at]
+
+
+def swap(program, lists, rank, at, dice):
+    there = dice.randrange(len(lists[rank]))
+    lists[rank][at], lists[rank][there] = lists[rank][there], lists[rank][at]
+
+
+def shift(program, lists, rank, at, dice):
+    action = lists[rank].pop(at)
+    lists[rank].insert(dice.randrange(len(lists[rank]) + 1), action)
+
+
+def swap_neighbours(program, lists, rank, at, dice):
+    at = min(at, len(lists[rank]) - 2)
+    lists[rank][at : at + 2] = reversed(lists[rank][at : at + 2])
+
+
+CHANGES_OF_ACTIONS = (drop, repeat, other_rank, other_microbatch, other_stage, other_kind, exchange_ranks)
+CHANGES_OF_ORDER = (swap, shift, swap_neighbours)
+
+
+def mutate(program, change, dice):
+    lists = [list(actions) for actions in program.actions]
+    rank = dice.randrange(len(lists))
+    change(program, lists, rank, dice.randrange(len(lists[rank])), dice)
+    return with_lists(program, lists)
+
+
+def difference(mutant, original):
+    """Say what a mutant changed, for the message of a failure."""
+    pairs = enumerate(zip(mutant.actions, original.actions, strict=True))
+    return [
+        f"rank {rank}: {' '.join(map(str, new))}\n  instead of: {' '.join(map(str, old))}"
+        for rank, (new, old) in pairs
+        if new != old
+    ]
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_every_broken_mutant_is_refused_and_no_sound_one_is(name):
+    dice = random.Random(f"{name} 20")
+    originals = programs(name)
+    for original in originals:
+        assert is_sound(original, original)
+        check(original)
+    broken: Counter = Counter()
+    sound = 0
+    while broken.total() < BROKEN_PER_GENERATOR:
+        original = dice.choice(originals)
+        change = dice.choice((*CHANGES_OF_ACTIONS, *CHANGES_OF_ORDER))
+        mutant = mutate(original, change, dice)
+        if change in CHANGES_OF_ORDER and is_sound(mutant, original):
+            check(mutant)
+            sound += 1
+            continue
+        broken[change.__name__] += 1
+        try:
+            check(mutant)
+        except UsageError:
+            continue
+        pytest.fail(f"{change.__name__} was not seen:\n" + "\n".join(difference(mutant, original)))
+    assert len(broken) == len(CHANGES_OF_ACTIONS) + len(CHANGES_OF_ORDER)
+    assert min(broken.values()) >= 10
+    assert sound >= 30
+
+
+def test_there_are_more_than_10_000():
+    assert BROKEN_PER_GENERATOR * len(GENERATORS) > 10_000
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_another_placement_or_number_of_microbatches_is_refused(name):
+    for program in programs(name):
+        for stage, rank in enumerate(program.stage_to_rank):
+            placement = list(program.stage_to_rank)
+            for holder in (rank - 1, rank + 1, (rank + 1) % program.num_ranks):
+                placement[stage] = holder
+                mutant = Schedule(name, program.num_microbatches, tuple(placement), program.actions)
+                with pytest.raises(UsageError):
+                    check(mutant)
+        for m in (program.num_microbatches - 1, program.num_microbatches + 1):
+            with pytest.raises(UsageError):
+                check(Schedule(name, m, program.stage_to_rank, program.actions))
+
+
+def test_the_judge_of_mutants_can_tell():
+    program = build("1f1b", 2, 2)
+    assert [str(action) for action in program.actions[1]] == [
+        *("RECV_F1.0", "RECV_F1.1", "F1.0", "B1.0", "SEND_B1.0", "F1.1", "B1.1", "SEND_B1.1")
+    ]
+
+    def judged(*order):
+        actions = tuple(program.actions[1][at] for at in order)
+        return is_sound(with_lists(program, [program.actions[0], actions]), program)
+
+    assert judged(0, 1, 2, 3, 4, 5, 6, 7)
+    assert judged(1, 0, 2, 3, 4, 5, 6, 7), "receives may be posted in another order"
+    assert judged(0, 1, 2, 5, 3, 4, 6, 7), "the second forward may come before the first backward"
+    assert not judged(0, 1, 3, 2, 4, 5, 6, 7), "a backward before its forward"
+    assert not judged(0, 2, 3, 4, 5, 1, 6, 7), "a receive after the forward that needs it"
+    assert not judged(0, 1, 2, 5, 6, 7, 3, 4), "weight gradients that descend"
+
+    words = (
+        "F0.0 SEND_F0.0 F0.1 SEND_F0.1 RECV_B0.0 B0.0 RECV_B0.1 B0.1",
+        "RECV_F1.0 F1.0 B1.0 SEND_B1.0 RECV_F1.1 F1.1 B1.1 SEND_B1.1",
+    )
+    lists = [[Action.parse(word) for word in line.split()] for line in words]
+    assert not is_sound(with_lists(program, lists), program), "two sends that wait for each other's receives"
+    lists[0].insert(3, lists[0].pop(4))
+    assert is_sound(with_lists(program, lists), program), "the receive posted before the send"
