@@ -35,7 +35,7 @@ class RankList:
         """Write the next microbatch of a kind on a stage."""
         counted = (_COUNTED_AS.get(kind, kind), stage)
         k = self._next[counted]
-        self._next[counted] += 1
+        self._next[counted] = k + 1
         if k < self._num_microbatches:
             self.actions.append(Action(kind, stage, k))
 
