@@ -1,5 +1,6 @@
 """One run per directory: a lock that names its holder and that a dead holder does not keep."""
 
+import contextlib
 import json
 import os
 import socket
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hpcpipe.data.write import exclusive
 from hpcpipe.errors import DiskError, InUseError
 
 _RENEW_S = 5.0
@@ -19,7 +21,8 @@ class RunLock:
     """The lock of a run directory, held by rank 0.
 
     The holder renews the file's time of change every few seconds. A lock is taken over if its process is gone from this
-    machine, or if it is another machine's and has not been renewed for a minute.
+    machine, or if it is another machine's and has not been renewed for a minute. Runs that look at it at once wait for
+    each other, where the file system has locks.
 
     Parameters
     ----------
@@ -45,10 +48,20 @@ class RunLock:
         InUseError
             If another run holds it; names the process and the machine.
         DiskError
-            If the file cannot be made.
+            If the file cannot be made or read; an incomplete one is not left behind.
         """
-        taken_from = ""
         self._content = json.dumps(_identity())
+        try:
+            with exclusive(self._path):
+                taken_from = self._take()
+        except DiskError as error:
+            raise DiskError(f"{error}: free space, or choose another run.dir") from error
+        threading.Thread(target=self._renew, daemon=True).start()
+        return taken_from
+
+    def _take(self) -> str:
+        """Make the file, if need be in place of a dead run's."""
+        taken_from = ""
         while not self._create():
             holder = _read(self._path)
             if holder is None:
@@ -60,14 +73,13 @@ class RunLock:
                 )
             taken_from = f"process {holder['pid']} on {holder['host']}"
             _remove_if_unchanged(self._path, holder)
-        threading.Thread(target=self._renew, daemon=True).start()
         return taken_from
 
     def release(self) -> None:
         """Give the lock back, if it is still this run's."""
         self._done.set()
         try:
-            if self._path.read_text() == self._content:
+            if self._path.read_bytes() == self._content.encode():
                 self._path.unlink()
         except OSError:
             return
@@ -77,10 +89,12 @@ class RunLock:
             handle = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
-        except OSError as error:
-            raise DiskError(f"{self._path} could not be made ({error.strerror}): choose another run.dir") from error
-        with os.fdopen(handle, "w") as file:
-            file.write(self._content)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(self._content.encode())
+        except OSError:
+            self._path.unlink(missing_ok=True)
+            raise
         return True
 
     def _renew(self) -> None:
@@ -92,11 +106,14 @@ class RunLock:
 
 
 def is_held_by_another(path: Path) -> bool:
-    """Return whether a lock file's holder is alive and not this process."""
-    holder = _read(path)
-    if holder is None or (holder["host"], holder["pid"]) == (socket.gethostname(), os.getpid()):
-        return False
-    return _is_alive(holder, path)
+    """Return whether a lock file's holder is alive and not this process, or the file may not be read."""
+    try:
+        holder = _read(path)
+        if holder is None or (holder["host"], holder["pid"]) == (socket.gethostname(), os.getpid()):
+            return False
+        return _is_alive(holder, path)
+    except OSError as error:
+        return not isinstance(error, IsADirectoryError)
 
 
 def _identity() -> dict[str, Any]:
@@ -111,7 +128,8 @@ def _identity() -> dict[str, Any]:
 def _process_start(pid: int) -> str:
     """Return when a process of this machine started, in clock ticks; empty if it has ended: numbers are reused."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # The name of the program, in parentheses, may be any bytes.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode("ascii").split()
     except OSError:
         return ""
     # In a container nobody may ever collect a killed orphan: it stays as a zombie.
@@ -122,12 +140,13 @@ def _read(path: Path) -> dict[str, Any] | None:
     """Return who holds a lock, or None if it is gone; a lock that stays unreadable belongs to nobody."""
     for _ in range(10):
         try:
-            content = json.loads(path.read_text())
-            return {**_NOBODY, **content}
-        except FileNotFoundError:
+            holder = {**_NOBODY, **json.loads(path.read_bytes())}
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             time.sleep(0.05)
+        else:
+            return holder if all(type(holder[key]) is type(_NOBODY[key]) for key in _NOBODY) else _NOBODY
     return _NOBODY
 
 
@@ -148,5 +167,6 @@ def _remove_if_unchanged(path: Path, holder: dict[str, Any]) -> None:
     except FileNotFoundError:
         return
     if _read(aside) != holder:
-        os.link(aside, path)
-    aside.unlink()
+        with contextlib.suppress(FileExistsError):
+            os.link(aside, path)
+    aside.unlink(missing_ok=True)
