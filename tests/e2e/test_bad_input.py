@@ -242,3 +242,36 @@ def test_numbers_that_overflow(runs: Runs, copy_of_finished, settings: list[str]
 def test_delay_of_the_tests_is_not_a_number(runs: Runs) -> None:
     finished = runs.train("run", 2, environ={"HPCPIPE_TEST_MESSAGES": "delay=soon"})
     assert_refused(finished, runs.directory("run"), 64, "delay=soon")
+
+
+def test_an_update_that_breaks_the_weights_is_not_kept(runs: Runs, copy_of_finished) -> None:
+    directory = copy_of_finished("run")
+    before = contents(directory / "checkpoints")
+    rate = ["train.learning_rate=1e38", "train.min_learning_rate=1e38", "train.warmup_steps=0", "train.steps=21"]
+    finished = runs.train("run", 2, *rate)
+    assert_refused(finished, directory, 70, "step 21", "train.learning_rate", "1e+38")
+    assert contents(directory / "checkpoints") == before
+
+
+def test_going_back_below_later_steps(runs: Runs, copy_of_finished) -> None:
+    directory = copy_of_finished("run")
+    before = contents(directory)
+    finished = runs.train("run", 2, "--resume", checkpoint(directory, 10), "train.steps=12")
+    assert_refused(finished, directory, 64, "step-00000020", "1 more", "step 10", "another run.name")
+    unchanged(before, directory)
+
+
+def test_damaged_newer_checkpoints_do_not_push_out_what_is_written(runs: Runs, copy_of_finished) -> None:
+    directory = copy_of_finished("run")
+    for step in (15, 20):
+        flip(checkpoint(directory, step) / "rank-0001.h5")
+    finished = runs.train("run", 2, "train.steps=12", "checkpoint.keep=2")
+    assert finished.code == 0, finished.stderr
+    left = sorted(path.name for path in (directory / "checkpoints").iterdir())
+    assert left == [f"step-{step:08d}" for step in (10, 12, 15, 20)]
+    assert runs.train("run", 2, "train.steps=13", "checkpoint.keep=2").code == 0
+
+
+def test_a_model_larger_than_the_memory(runs: Runs) -> None:
+    finished = runs.train("run", 2, "model.width=4194304", "model.heads=1")
+    assert_refused(finished, runs.directory("run"), 64, "GiB per rank", "GiB are free", "model.width")
