@@ -129,7 +129,8 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
             return Progress.NOT_STARTED
         return Progress.RUNNING if status.exit_code is None else Progress.FINAL
 
-    outcome = supervise(command, environ, progress)
+    with launcher.session_folder(environ):
+        outcome = supervise(command, environ, progress)
     try:
         code = conclude(outcome, read_status(directory, launch_id))
     except HpcpipeError as error:

@@ -4,13 +4,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpcpipe.cluster import processor, slurm
 from hpcpipe.cluster.environment import LAUNCH_ID, TERMINAL, THREAD_VARIABLES, limit_blas_threads
 from hpcpipe.errors import UsageError
+
+SESSION_FOLDER = "PRTE_MCA_prte_local_tmpdir_base"
+"""Variable with the folder below which ``mpirun`` keeps its session files, on its own node."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,26 @@ def rank_environment(
     if os.geteuid() == 0:
         result.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
     return result
+
+
+@contextmanager
+def session_folder(environ: MutableMapping[str, str]) -> Iterator[None]:
+    """Give ``mpirun`` a folder of its own for its session files while the block runs.
+
+    Its usual one is named after its process id. One that was killed leaves it behind, and the next one with the same
+    id, as in a container that starts again, refuses to start.
+
+    Parameters
+    ----------
+    environ : mutable mapping
+        The environment of ``mpirun``; a folder that the user has chosen stays.
+    """
+    if SESSION_FOLDER in environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="hpcpipe-", ignore_cleanup_errors=True) as folder:
+        environ[SESSION_FOLDER] = folder
+        yield
 
 
 def _placement(num_ranks: int, machine: Machine, extra: Sequence[str]) -> list[str]:

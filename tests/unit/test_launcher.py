@@ -82,6 +82,19 @@ def fake_mpirun(folder: Path, version: str) -> Path:
     return path
 
 
+def test_every_launch_has_a_session_folder_of_its_own() -> None:
+    first: dict[str, str] = {}
+    second: dict[str, str] = {}
+    with launcher.session_folder(first), launcher.session_folder(second):
+        folders = [Path(environ[launcher.SESSION_FOLDER]) for environ in (first, second)]
+        assert folders[0] != folders[1]
+        assert all(folder.is_dir() for folder in folders)
+    assert not any(folder.exists() for folder in folders)
+    chosen = {launcher.SESSION_FOLDER: "/scratch/mine"}
+    with launcher.session_folder(chosen):
+        assert chosen == {launcher.SESSION_FOLDER: "/scratch/mine"}
+
+
 def test_the_mpirun_of_the_environment_comes_first(tmp_path: Path) -> None:
     beside = fake_mpirun(tmp_path / "venv/bin", "mpirun (Open MPI) 5.0.11")
     other = fake_mpirun(tmp_path / "usr/bin", "mpirun (Open MPI) 4.1.4")
