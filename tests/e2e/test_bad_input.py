@@ -50,7 +50,7 @@ def unchanged(before: dict[str, bytes], directory: Path) -> None:
         (2, ["train.stpes=3"], ["train.stpes", "train.steps"]),
         (3, ["parallel.pipeline=2", "parallel.data=2"], ["pipeline = 2", "data = 2", "4 ranks", "3 ranks", "-n 4"]),
         (3, ["parallel.data=2"], ["parallel.data = 2", "3", "-n 4"]),
-        (6, [], ["model.layers = 5", "6 stages", "model.layers = 6", "-n 5"]),
+        (3, ["model.layers=2"], ["model.layers = 2", "3 stages", "model.layers = 3", "-n 2"]),
         (3, ["parallel.partition=[2,2,2]"], ["parallel.partition = [2, 2, 2]", "6 layers", "model.layers = 5"]),
         (2, ["model.vocab=200"], ["model.vocab = 200", "257", "model.vocab = 257"]),
         (2, ["model.vocab=300", "model.width=48"], ["width", "48", "32", "vocab", "300", "257", "run.name"]),
@@ -188,7 +188,7 @@ def test_an_exception_on_one_rank(runs: Runs, victim: int) -> None:
 
 def test_two_runs_in_one_directory(runs: Runs, finished_run: Path) -> None:
     directory = runs.directory("run")
-    first = runs.start("run", 2, environ={"HPCPIPE_TEST_MESSAGES": "delay=0.2"})
+    first = runs.start("run", 2, "checkpoint.every=0", environ={"HPCPIPE_TEST_MESSAGES": "delay=0.4"})
     try:
         wait_until(lambda: len(step_rows(directory)) >= 2, "two rows", first)
         before = contents(directory)
