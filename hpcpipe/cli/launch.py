@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 MPI_VERBS = ("train",)
 
 _MPIRUN_REFUSED = 213
+_TOLD = re.compile(rb"hpcpipe: (?:error|stopped): |Traceback")
 _DESCRIPTION = """\
 Start N ranks of a verb with Open MPI's mpirun and the options that this machine needs.
 
@@ -34,6 +36,7 @@ class Status:
 
     state: str
     exit_code: int | None
+    cause: str = ""
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -163,6 +166,10 @@ def conclude(outcome: "Outcome", status: Status | None) -> int:
     if status is not None and status.exit_code is not None:
         if status.exit_code == ExitCode.DONE and outcome.failures:
             print(f"hpcpipe: note: after the end of the run, {_story(outcome)}", file=sys.stderr)
+        elif status.cause and not _TOLD.search(outcome.told):
+            # The ranks spoke to an mpirun that did not pass it on.
+            kind = "stopped" if status.exit_code == ExitCode.STOPPED else "error"
+            print(f"hpcpipe: {kind}: {status.cause}", file=sys.stderr)
         return status.exit_code
     if outcome.was_killed:
         raise StoppedError(
@@ -171,7 +178,7 @@ def conclude(outcome: "Outcome", status: Status | None) -> int:
     if outcome.code in set(ExitCode) - {ExitCode.DONE}:
         return outcome.code
     # The run may have begun between the look at its status and the end of mpirun.
-    if outcome.was_ended or (status is None and outcome.was_asked_to_stop):
+    if outcome.was_ended or (status is None and outcome.was_asked_to_stop and not outcome.has_begun):
         raise StoppedError("asked to stop before the first step; nothing was written")
     if status is None and outcome.code == _MPIRUN_REFUSED:
         raise UsageError("mpirun could not start the ranks, for the reason above; check -n and --mpirun-arg")
@@ -204,7 +211,8 @@ def read_status(directory: Path | None, launch_id: str) -> Status | None:
     if not isinstance(status, dict) or status.get("launch_id") != launch_id:
         return None
     exit_code = status.get("exit_code")
-    return Status(str(status.get("state")), exit_code if isinstance(exit_code, int) else None)
+    cause = str(status.get("cause") or "")
+    return Status(str(status.get("state")), exit_code if isinstance(exit_code, int) else None, cause)
 
 
 def find_run_directory(arguments: Sequence[str]) -> Path | None:
@@ -254,7 +262,8 @@ def _terminal() -> tuple[int, int] | None:
         size = os.get_terminal_size(sys.stdout.fileno())
     except (OSError, ValueError):
         return None
-    return size.columns, size.lines
+    # A terminal that was made by a program may have no size.
+    return size.columns or 80, size.lines or 24
 
 
 def _story(outcome: "Outcome") -> str:

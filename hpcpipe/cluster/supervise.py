@@ -1,29 +1,28 @@
-"""Running ``mpirun``: signals passed on, its standard error cleaned, nothing left behind at the end."""
+"""Running ``mpirun``: signals and text passed on, nothing left behind at the end."""
 
-import contextlib
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum, auto
-from pathlib import Path
+from dataclasses import dataclass, field
+from enum import IntEnum, auto
 from types import FrameType
 
 from hpcpipe.cluster.banner import BannerFilter, Failure
 from hpcpipe.cluster.environment import parent_signal
+from hpcpipe.cluster.processes import children, kill_session
+from hpcpipe.cluster.relay import Relay, wait
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-_HELD_TEXT_S = 0.2
+_TURN_S = 0.2
 _HANG_CHECK_S = 1.0
 _FINAL_GRACE_S = 15.0
 _EMPTY_GRACE_S = 3.0
 
 
-class Progress(Enum):
+class Progress(IntEnum):
     """How far the run is, by its own account."""
 
     NOT_STARTED = auto()
@@ -45,6 +44,10 @@ class Outcome:
         A stop was asked for; everything was killed at once on request.
     was_ended : bool
         A stop was asked for before the run had begun, and ``mpirun`` was ended.
+    has_begun : bool
+        The run was seen to run.
+    told : bytes
+        The end of what came on standard error.
     """
 
     code: int
@@ -52,6 +55,8 @@ class Outcome:
     was_asked_to_stop: bool
     was_killed: bool
     was_ended: bool = False
+    has_begun: bool = field(default=False, compare=False)
+    told: bytes = field(default=b"", compare=False)
 
 
 def new_launch_id() -> str:
@@ -62,10 +67,10 @@ def new_launch_id() -> str:
 def supervise(command: Sequence[str], environ: Mapping[str, str], progress: Callable[[], Progress]) -> Outcome:
     """Run ``mpirun`` to its end.
 
-    SIGINT, SIGTERM, SIGUSR1 and SIGHUP (where it is not ignored) ask the run to stop: while the run is
-    `Progress.RUNNING` they reach ``mpirun`` as SIGUSR1, which it forwards to every rank; before that there is nothing
-    to save and ``mpirun`` is ended. The third SIGINT, or SIGQUIT, kills everything at once. When this process dies,
-    ``mpirun`` is ended by the kernel. Must be called from the main thread.
+    SIGINT, SIGTERM, SIGUSR1 and SIGHUP (where it is not ignored) ask the run to stop, and so does the end of the
+    reader of standard output: while the run is `Progress.RUNNING` they reach ``mpirun`` as SIGUSR1, which it forwards
+    to every rank; before that there is nothing to save and ``mpirun`` is ended. The third SIGINT, or SIGQUIT, kills
+    everything at once. When this process dies, ``mpirun`` is ended by the kernel. Must be called from the main thread.
 
     Parameters
     ----------
@@ -93,6 +98,7 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], progress: Call
             command,
             env=dict(environ),
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
             preexec_fn=tie_to_parent,
@@ -102,11 +108,18 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], progress: Call
             try:
                 watch.until_end()
             finally:
-                _kill_session(process.pid)
+                kill_session(process.pid)
                 process.wait()
             watch.pass_rest()
-    failures = tuple(watch.errors.failures)
-    return Outcome(process.returncode, failures, watch.was_asked_to_stop, watch.was_killed, watch.was_ended)
+    return Outcome(
+        code=process.returncode,
+        failures=tuple(watch.banners.failures),
+        was_asked_to_stop=watch.was_asked_to_stop,
+        was_killed=watch.was_killed,
+        was_ended=watch.was_ended,
+        has_begun=watch.has_begun,
+        told=watch.err.tail,
+    )
 
 
 class _Signals:
@@ -142,52 +155,58 @@ class _Watch:
     """The loop beside a running ``mpirun``."""
 
     def __init__(self, process: subprocess.Popen[bytes], progress: Callable[[], Progress], signals: _Signals) -> None:
-        assert process.stderr is not None
-        self.errors = BannerFilter()
+        assert process.stdout is not None and process.stderr is not None
+        self.banners = BannerFilter()
+        self.out = Relay(process.stdout.fileno(), sys.stdout)
+        self.err = Relay(process.stderr.fileno(), sys.stderr, self.banners)
         self.was_asked_to_stop = False
         self.was_killed = False
         self.was_ended = False
         self._process = process
         self._progress = progress
+        self._furthest = Progress.NOT_STARTED
         self._signals = signals
-        self._stderr = process.stderr.fileno()
         self._num_interrupts = 0
         self._final_since: float | None = None
         self._empty_since: float | None = None
         self._had_ranks = False
+        self._has_told_loss = False
         self._next_check = 0.0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run was seen to run."""
+        return self._furthest is not Progress.NOT_STARTED
 
     def until_end(self) -> None:
         """Pass signals and text on until ``mpirun`` has ended, or hangs after the run has."""
-        os.set_blocking(self._stderr, False)
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._signals.reader, selectors.EVENT_READ)
-            selector.register(self._stderr, selectors.EVENT_READ)
-            while self._process.poll() is None and not self._is_hanging():
-                ready = {key.fd for key, _ in selector.select(_HELD_TEXT_S)}
-                for signum in self._signals.arrived() if self._signals.reader in ready else b"":
-                    self._on_signal(signum)
-                if self._stderr in ready:
-                    if not self._pass_text():
-                        selector.unregister(self._stderr)
-                elif self.errors.is_holding:
-                    _show(self.errors.release())
+        while self._process.poll() is None and not self._is_hanging():
+            self._pass_on()
+            for signum in self._signals.arrived():
+                self._on_signal(signum)
+            if self.out.error and not self._has_told_loss:
+                self._on_lost_output(self.out.error)
 
     def pass_rest(self) -> None:
-        """Show what is left in the pipe after the end."""
-        self._pass_text()
-        _show(self.errors.release())
+        """Show what is left after the end; a signal cuts it short."""
+        self._signals.arrived()
+        for relay in (self.out, self.err):
+            relay.read_rest()
+        while self.out.is_waiting or self.err.is_waiting:
+            self._pass_on()
+            if any(signum != signal.SIGCHLD for signum in self._signals.arrived()):
+                return
 
-    def _pass_text(self) -> bool:
-        """Show what has arrived; False at the end of the stream."""
-        while True:
-            try:
-                chunk = os.read(self._stderr, 65536)
-            except BlockingIOError:
-                return True
-            if not chunk:
-                return False
-            _show(self.errors.feed(chunk))
+    def _pass_on(self) -> None:
+        """Wait a moment for text or signals, and pass the text on."""
+        ready = wait((self.out, self.err), self._signals.reader, _TURN_S)
+        for relay in (self.out, self.err):
+            relay.pass_on(ready)
+
+    def _look(self) -> Progress:
+        """Return how far the run is; a status that somebody removed does not undo what was seen."""
+        self._furthest = max(self._furthest, self._progress())
+        return self._furthest
 
     def _on_signal(self, signum: int) -> None:
         """Act on a signal to this process."""
@@ -196,14 +215,30 @@ class _Watch:
         self._num_interrupts += signum == signal.SIGINT
         if signum == signal.SIGQUIT or self._num_interrupts >= 3:
             self.was_killed = True
-            _kill_session(self._process.pid)
+            kill_session(self._process.pid)
             return
+        self._ask_to_stop()
+
+    def _ask_to_stop(self) -> None:
+        """Let the run save and stop, or end ``mpirun`` where there is nothing to save."""
         self.was_asked_to_stop = True
-        progress = self._progress()
-        self.was_ended |= progress is Progress.NOT_STARTED
+        # mpirun complains of a second SIGTERM.
+        if self.was_ended:
+            return
+        progress = self._look()
+        self.was_ended = progress is Progress.NOT_STARTED
         if progress is not Progress.FINAL:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._process.pid, signal.SIGUSR1 if progress is Progress.RUNNING else signal.SIGTERM)
+            self._process.send_signal(signal.SIGUSR1 if progress is Progress.RUNNING else signal.SIGTERM)
+
+    def _on_lost_output(self, error: OSError) -> None:
+        """Stop a run that nobody reads any more; where only the text is lost, as on a full disk, it goes on."""
+        self._has_told_loss = True
+        note = f"hpcpipe: note: standard output took no more text ({error.strerror}); "
+        if isinstance(error, BrokenPipeError):
+            self.err.add(f"{note}the run is asked to stop\n".encode())
+            self._ask_to_stop()
+        else:
+            self.err.add(f"{note}the run goes on without\n".encode())
 
     def _is_hanging(self) -> bool:
         """Tell whether the run is over but ``mpirun`` is not: its shutdown can lock up after a rank died."""
@@ -211,8 +246,8 @@ class _Watch:
         if now < self._next_check:
             return False
         self._next_check = now + _HANG_CHECK_S
-        is_final = self._progress() is Progress.FINAL
-        has_ranks = bool(_children(self._process.pid))
+        is_final = self._look() is Progress.FINAL
+        has_ranks = bool(children(self._process.pid))
         self._had_ranks |= has_ranks
         is_empty = self._had_ranks and not has_ranks
         self._final_since = (self._final_since or now) if is_final else None
@@ -224,38 +259,3 @@ class _Watch:
 
 def _do_nothing(signum: int, frame: FrameType | None) -> None:
     """Let the wakeup pipe carry the signal."""
-
-
-def _show(text: bytes) -> None:
-    """Write to standard error; a terminal that is gone must not end the run."""
-    if text:
-        with contextlib.suppress(OSError):
-            sys.stderr.buffer.write(text)
-            sys.stderr.buffer.flush()
-
-
-def _children(pid: int) -> list[int]:
-    """List the processes that ``mpirun`` has started on this node and that still run."""
-    return [child for child, parent, _, state in _processes() if parent == pid and state not in "ZX"]
-
-
-def _kill_session(session: int) -> None:
-    """Kill every process of a session; ranks are in process groups of their own."""
-    for pid, _, owner, state in _processes():
-        if owner == session and state not in "ZX":
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-
-
-def _processes() -> list[tuple[int, int, int, str]]:
-    """List (process, parent, session, state) of every process, see proc(5)."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            state, parent, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-        except OSError:
-            continue
-        found.append((int(folder.name), int(parent), int(session), state))
-    return found

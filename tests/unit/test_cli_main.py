@@ -153,6 +153,27 @@ def test_an_end_without_a_word_is_told(
         launch.conclude(ended, status)
 
 
+def test_a_run_that_was_seen_has_written_something() -> None:
+    with pytest.raises(RankError, match="mpirun ended with code 1"):
+        launch.conclude(Outcome(1, (), was_asked_to_stop=True, was_killed=False, has_begun=True), None)
+
+
+def test_a_cause_that_nobody_told_is_told(capsys: Captured) -> None:
+    status = launch.Status("failed", 71, "rank 0: no answer for 9 s")
+    assert launch.conclude(Outcome(-9, (), False, False, told=b"some warning\n"), status) == 71
+    assert capsys.readouterr().err == "hpcpipe: error: rank 0: no answer for 9 s\n"
+    assert launch.conclude(Outcome(71, (), False, False, told=b"hpcpipe: error: no answer\n"), status) == 71
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_without_a_size_gets_a_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as terminal:
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert launch._terminal() == (80, 24)
+    os.close(ours)
+
+
 def test_only_this_launch_s_status_counts(tmp_path: Path) -> None:
     folder = tmp_path
     assert launch.read_status(None, "a") is None

@@ -81,6 +81,76 @@ def test_a_stop_is_sent_as_the_run_can_take_it(progress: Progress, code: int) ->
     assert run("import time; time.sleep(30)", progress) == Outcome(code, (), True, False, was_ended)
 
 
+def test_a_status_that_vanishes_does_not_undo_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "_HANG_CHECK_S", 0.05)
+    looks = iter([Progress.RUNNING])
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    program = [sys.executable, "-c", "import time; time.sleep(30)"]
+    outcome = supervise.supervise(program, os.environ, lambda: next(looks, Progress.NOT_STARTED))
+    assert (outcome.code, outcome.has_begun, outcome.was_ended) == (-signal.SIGUSR1, True, False)
+
+
+def test_two_stops_before_the_beginning_end_mpirun_once(capfd: Captured) -> None:
+    for delay_s in (0.5, 0.7):
+        threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    program = (
+        "import signal, time; n = []; signal.signal(15, lambda *_: n.append(1));"
+        "time.sleep(1.2); print(len(n), flush=True)"
+    )
+    assert run(program, Progress.NOT_STARTED).was_ended
+    assert capfd.readouterr().out == "1\n"
+
+
+def test_a_reader_that_leaves_stops_the_run_and_loses_only_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        program = (
+            "import os, signal, sys, time; stop = []; signal.signal(signal.SIGUSR1, lambda *_: stop.append(1))\n"
+            "while not stop: os.write(1, b'x' * 1000); time.sleep(0.01)\n"
+            "os.write(1, b'x' * 300000); sys.exit(75)"
+        )
+        outcome = run(program)
+    assert outcome == Outcome(75, (), True, False)
+    assert b"the run is asked to stop" in outcome.told
+
+
+def test_a_full_disk_below_the_output_loses_only_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        outcome = run("import time; print('x', flush=True); time.sleep(0.3); print('y')")
+    assert outcome == Outcome(0, (), False, False)
+    assert outcome.told.count(b"No space left on device") == 1
+
+
+def test_a_slow_reader_gets_everything_and_signals_still_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    heard: list[bytes] = []
+
+    def read_late() -> None:
+        time.sleep(1.0)
+        with os.fdopen(reader, "rb") as stream:
+            heard.append(stream.read())
+
+    late = threading.Thread(target=read_late)
+    late.start()
+    timer = threading.Timer(0.6, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    program = (
+        "import os, signal, time; signal.signal(signal.SIGUSR1, lambda *_: open(2, 'w').write(str(time.time())));"
+        "open(1, 'wb').write(b'0123456789' * 100000)"
+    )
+    began = time.time()
+    with os.fdopen(writer, "w") as slow:
+        monkeypatch.setattr(sys, "stdout", slow)
+        outcome = run(program)
+    late.join()
+    assert heard == [b"0123456789" * 100000]
+    assert outcome.code == 0
+    assert 0.4 < float(outcome.told) - began < 0.95
+
+
 def test_an_ignored_hangup_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
