@@ -1,16 +1,17 @@
 """Small text files that appear whole or not at all, and logs of one JSON object per line."""
 
+import contextlib
 import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from hpcpipe.errors import DiskError
+from hpcpipe.errors import DiskError, NumericsError
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replace a text file in one step.
+    """Replace a text file, in UTF-8, in one step; names of files that are not UTF-8 keep their bytes.
 
     Raises
     ------
@@ -19,16 +20,15 @@ def write_whole(path: Path, text: str) -> None:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w") as file:
+        with partial.open("w", encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise DiskError(
-            f"{path} could not be written ({error.strerror}): free space or choose another run.dir"
-        ) from error
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise _refused(path, error) from error
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
@@ -40,27 +40,51 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     ------
     DiskError
         If the file system refuses.
+    NumericsError
+        If a value is NaN or infinite, which JSON does not have; nothing is written.
     """
     try:
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        line = json.dumps(row, allow_nan=False)
+    except ValueError as error:
+        raise NumericsError(f"{path}: a value is not a finite number: {row}") from error
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
     except OSError as error:
-        raise DiskError(
-            f"{path} could not be written ({error.strerror}): free space or choose another run.dir"
-        ) from error
+        raise _refused(path, error) from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a log; a last line that a killed run left half-written is dropped."""
-    if not path.exists():
+    """Return the objects of a log, none if there is no log.
+
+    Lines that are no objects are dropped, and so is a last line that a killed run left half-written.
+
+    Raises
+    ------
+    DiskError
+        If the file cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    except (FileNotFoundError, NotADirectoryError):
         return []
+    except OSError as error:
+        raise DiskError(
+            f"{path} could not be read ({error.strerror}): move it away or choose another run.name"
+        ) from error
     rows = []
-    for line in path.read_text().split("\n")[:-1]:
+    for line in lines:
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
+
+
+def _refused(path: Path, error: OSError) -> DiskError:
+    return DiskError(f"{path} could not be written ({error.strerror}): free space or choose another run.dir")
 
 
 def now() -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from hpcpipe.cluster.environment import LAUNCH_ID
 from hpcpipe.errors import ExitCode
 from hpcpipe.telemetry.files import now, write_whole
+from hpcpipe.telemetry.metrics import last_step
 
 STATES: dict[int, str] = {ExitCode.DONE: "done", ExitCode.STOPPED: "stopped"}
 
@@ -37,7 +38,7 @@ def write_status(directory: Path, step: int, exit_code: ExitCode | None, cause: 
 
 
 def end_status(directory: Path, launch_id: str, exit_code: int, cause: str) -> None:
-    """Write the end of a run whose ranks were ended before they could; their last step stays.
+    """Write the end of a run whose ranks were ended before they could, with the last step of its metrics.
 
     Does nothing unless the file says that this launch's run is still running.
 
@@ -60,9 +61,10 @@ def end_status(directory: Path, launch_id: str, exit_code: int, cause: str) -> N
     path = directory / "status.json"
     try:
         status = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return
     if not isinstance(status, dict) or status.get("launch_id") != launch_id or status.get("exit_code") is not None:
         return
     end = {"state": STATES.get(exit_code, "failed"), "exit_code": int(exit_code), "cause": cause, "time": now()}
-    write_whole(path, json.dumps({**status, **end}, indent=1) + "\n")
+    step = last_step(directory / "metrics.jsonl") or status.get("step", 0)
+    write_whole(path, json.dumps({**status, **end, "step": step}, indent=1) + "\n")

@@ -2,15 +2,18 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
 from hpcpipe.cluster.environment import TERMINAL
-from hpcpipe.errors import DiskError, ExitCode
+from hpcpipe.errors import DiskError, ExitCode, NumericsError
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.files import append_line, read_lines, write_whole
-from hpcpipe.telemetry.metrics import MetricsLog
+from hpcpipe.telemetry.metrics import MetricsLog, last_step
 from hpcpipe.telemetry.status import end_status, write_status
 
 ROW = {
@@ -45,6 +48,54 @@ def test_a_half_written_last_line_is_dropped(tmp_path):
     assert rows[-1]["loss"] == 9.0
 
 
+def test_lines_that_are_no_rows_of_steps_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    bad = [b'{"a":1}', b"[1]", b"3", b'{"step":"4"}', b'{"step":true}', b'{"step":9,"\xff', b"[" * 100_000, b""]
+    path.write_bytes(b'{"step": 1, "note": "\xff"}\n' + b"\n".join(bad) + b'\n{"step": 3}\n{"step": 2}\n')
+    assert last_step(path) == 3
+    MetricsLog(path).keep_until(2)
+    assert [row["step"] for row in map(json.loads, path.read_text(encoding="utf-8").splitlines())] == [1, 2]
+
+
+def test_a_directory_in_place_of_the_metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir()
+    with pytest.raises(DiskError, match=r"metrics\.jsonl could not be read .*choose another run\.name"):
+        MetricsLog(path).keep_until(2)
+    with pytest.raises(DiskError, match="could not be written"):
+        MetricsLog(path).add(ROW)
+    assert last_step(path) == 0
+
+
+def test_no_metrics(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "metrics.jsonl", tmp_path / "file" / "metrics.jsonl"):
+        MetricsLog(path).keep_until(2)
+        assert last_step(path) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_json_does_not_have_is_refused(tmp_path, value):
+    with pytest.raises(NumericsError, match=r"'loss': (nan|inf)"):
+        append_line(tmp_path / "log", {"step": 1, "loss": value})
+    assert not (tmp_path / "log").exists()
+
+
+def test_text_is_utf_8_whatever_the_locale_and_names_keep_their_bytes(tmp_path):
+    code = "import sys; from pathlib import Path; from hpcpipe.telemetry.files import write_whole\n"
+    code += "write_whole(Path(sys.argv[1]), '\\u00e9\\udcff')"
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code, tmp_path / "text"], env=environment, check=True)
+    assert (tmp_path / "text").read_bytes() == b"\xc3\xa9\xff"
+
+
+def test_a_file_in_place_of_the_directory_is_a_refused_write(tmp_path):
+    (tmp_path / "run").touch()
+    with pytest.raises(DiskError, match="could not be written"):
+        write_whole(tmp_path / "run" / "status.json", "text")
+
+
 def test_status(tmp_path, monkeypatch):
     monkeypatch.setenv("HPCPIPE_LAUNCH_ID", "abc")
     expected = {None: "running", ExitCode.DONE: "done", ExitCode.STOPPED: "stopped", ExitCode.DISK: "failed"}
@@ -68,6 +119,15 @@ def test_the_end_of_a_run_that_could_not_write_it(tmp_path, monkeypatch):
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["step"], status["exit_code"]) == ("failed", 3, 71)
     assert (status["cause"], status["launch_id"]) == ("rank 1 died", "abc")
+
+
+def test_the_end_of_a_run_names_the_last_step_of_its_metrics(tmp_path, monkeypatch):
+    monkeypatch.setenv("HPCPIPE_LAUNCH_ID", "abc")
+    write_status(tmp_path, 0, None)
+    for step in (1, 2):
+        MetricsLog(tmp_path / "metrics.jsonl").add({**ROW, "step": step})
+    end_status(tmp_path, "abc", ExitCode.RANK_FAILED, "rank 1 died")
+    assert json.loads((tmp_path / "status.json").read_text())["step"] == 2
 
 
 def test_a_refused_write_keeps_the_earlier_file(tmp_path):
