@@ -1,16 +1,16 @@
 """How a rank leaves a run that failed: who speaks, what ``status.json`` says, and that nobody stays behind."""
 
+import contextlib
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from hpcpipe.errors import DiskError, ExitCode, HpcpipeError, InUseError
+from hpcpipe.errors import ExitCode, HpcpipeError, InUseError
 from hpcpipe.mpi import runtime
 from hpcpipe.mpi.runtime import World
-from hpcpipe.telemetry.files import read_lines
+from hpcpipe.telemetry.metrics import last_step
 from hpcpipe.telemetry.status import write_status
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.lock import is_held_by_another
@@ -25,7 +25,7 @@ class Outcome:
     code = ExitCode.DONE
 
 
-@contextmanager
+@contextlib.contextmanager
 def leaving_together(world: World, directory: Path | None) -> Iterator[Outcome]:
     """Run a block, and let every rank leave when it fails.
 
@@ -54,7 +54,8 @@ def leaving_together(world: World, directory: Path | None) -> Iterator[Outcome]:
             runtime.abort(error.exit_code)
     except BaseException as error:
         _let_lower_ranks_speak(world)
-        runtime.report_traceback(world)
+        with contextlib.suppress(OSError, ValueError):
+            runtime.report_traceback(world)
         cause = f"rank {world.rank}: {type(error).__name__}: {error}"
         _write_last_status(world, directory, HpcpipeError(cause))
         runtime.abort(ExitCode.RANK_FAILED)
@@ -72,24 +73,19 @@ def _tell(world: World, error: HpcpipeError) -> None:
     """Print an error once, with its rank if only one rank met it."""
     where = "" if error.on_all_ranks else f"rank {world.rank} of {world.size}: "
     kind = "stopped" if error.exit_code is ExitCode.STOPPED else "error"
-    sys.stderr.write(f"hpcpipe: {kind}: {where}{error}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(f"hpcpipe: {kind}: {where}{error}\n")
+        sys.stderr.flush()
 
 
 def _write_last_status(world: World, directory: Path | None, error: HpcpipeError) -> None:
     """Say in the run directory why the run ended, unless the directory is another run's."""
     if directory is None or isinstance(error, InUseError):
         return
-    try:
+    # Nothing may come between an error and the end of the other ranks.
+    with contextlib.suppress(Exception):
         # A wrong configuration is found before the lock is taken: the directory may be that of a run under way.
         if world.rank == 0 and is_held_by_another(RunDirectory(directory).lock):
             return
         directory.mkdir(parents=True, exist_ok=True)
-        write_status(directory, _last_step(directory), error.exit_code, str(error))
-    except (DiskError, OSError):
-        return
-
-
-def _last_step(directory: Path) -> int:
-    """Return the step of the last row of the metrics."""
-    return max((int(row["step"]) for row in read_lines(directory / "metrics.jsonl")), default=0)
+        write_status(directory, last_step(RunDirectory(directory).metrics), error.exit_code, str(error))
