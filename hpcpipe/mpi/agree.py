@@ -33,7 +33,9 @@ def agree(comm: MPI.Intracomm, waiter: Waiter, error: HpcpipeError | None) -> No
     if failing.size == 0:
         return
     root = int(failing[0])
-    text = broadcast_bytes(comm, waiter, str(error).encode() if comm.rank == root else None, root).decode()
+    # Names of files that are not UTF-8 are surrogates in Python.
+    content = str(error).encode("utf-8", "surrogatepass") if comm.rank == root else None
+    text = broadcast_bytes(comm, waiter, content, root).decode("utf-8", "surrogatepass")
     agreed = BY_CODE[int(codes[root])](text)
     agreed.on_all_ranks = True
     raise agreed from error

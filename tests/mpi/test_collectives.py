@@ -70,6 +70,14 @@ def test_an_error_of_one_rank_is_raised_by_all(comm, waiter):
     assert caught.value.on_all_ranks
 
 
+def test_an_error_may_name_a_file_whose_name_is_not_utf_8(comm, waiter):
+    text = "\udcff and \ud800 in the name of a f\u00efle"
+    with pytest.raises(DamagedError) as caught, together(comm, waiter):
+        if comm.rank == 1:
+            raise DamagedError(text)
+    assert str(caught.value) == text
+
+
 def test_the_lowest_failing_rank_is_heard(comm, waiter):
     with pytest.raises(UsageError, match="rank 0") as caught, together(comm, waiter):
         raise UsageError(f"rank {comm.rank}") if comm.rank != 1 else DamagedError("rank 1")
