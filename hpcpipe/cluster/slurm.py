@@ -49,17 +49,16 @@ def allocation(environ: Mapping[str, str] = os.environ) -> Allocation | None:
         None outside Slurm.
     """
     job_id = environ.get("SLURM_JOB_ID", "")
-    if not job_id.isdigit():
+    if not job_id.isdecimal():
         return None
-    num_nodes = environ.get("SLURM_JOB_NUM_NODES") or environ.get("SLURM_NNODES") or "1"
     tasks = environ.get("SLURM_NTASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or ""
     counts = [int(count) for count in re.findall(r"(?:^|,)(\d+)", tasks)]
     return Allocation(
         job_id=int(job_id),
-        num_nodes=int(num_nodes),
+        num_nodes=_number(environ, "SLURM_JOB_NUM_NODES", "SLURM_NNODES") or 1,
         node_list=environ.get("SLURM_JOB_NODELIST", ""),
         num_tasks_per_node=max(counts, default=None),
-        restart_count=int(environ.get("SLURM_RESTART_COUNT") or 0),
+        restart_count=_number(environ, "SLURM_RESTART_COUNT") or 0,
     )
 
 
@@ -76,8 +75,14 @@ def task(environ: Mapping[str, str] = os.environ) -> tuple[int, int, int] | None
     (rank, size, local_rank) or None
         None where Slurm says nothing.
     """
-    size = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS")
-    rank, local_rank = environ.get("SLURM_PROCID"), environ.get("SLURM_LOCALID")
+    size = _number(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    rank, local_rank = _number(environ, "SLURM_PROCID"), _number(environ, "SLURM_LOCALID")
     if rank is None or local_rank is None or size is None:
         return None
-    return int(rank), int(size), int(local_rank)
+    return rank, size, local_rank
+
+
+def _number(environ: Mapping[str, str], *names: str) -> int | None:
+    """Return the first of these variables that is a number."""
+    values = (environ.get(name, "") for name in names)
+    return next((int(value) for value in values if value.isdecimal()), None)

@@ -118,6 +118,14 @@ def test_slurm_outside_and_inside_an_allocation() -> None:
     assert slurm.allocation({"SLURM_JOB_ID": "17"}) == slurm.Allocation(17, 1, "", None, 0)
 
 
+def test_slurm_variables_that_are_no_numbers_count_as_missing() -> None:
+    environ = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "x", "SLURM_JOB_NUM_NODES": "-", "SLURM_NNODES": "3"}
+    found = slurm.allocation(environ)
+    assert found is not None
+    assert (found.restart_count, found.num_nodes) == (0, 3)
+    assert slurm.task({"SLURM_NTASKS": "2", "SLURM_PROCID": "x", "SLURM_LOCALID": "0"}) is None
+
+
 def test_only_one_module_reads_slurm_variables() -> None:
     room = Path(slurm.__file__).parents[1]
     readers = {str(path.relative_to(room)) for path in room.rglob("*.py") if '"SLURM_' in path.read_text()}

@@ -114,6 +114,24 @@ def test_another_mpi_is_refused_by_name(tmp_path: Path) -> None:
     assert "mpiexec -n N hpcpipe train" in str(refusal.value)
 
 
+def test_an_mpirun_that_does_not_start_is_quoted(tmp_path: Path) -> None:
+    broken = fake_mpirun(tmp_path / "bin", "")
+    broken.write_text("#!/bin/sh\necho 'libprrte.so.3: cannot open' >&2\nexit 127\n")
+    with pytest.raises(UsageError, match="does not work: libprrte.so.3: cannot open") as refusal:
+        launcher.find_mpirun(str(tmp_path / "python"), str(broken.parent))
+    assert "is not Open MPI" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("home", [None, ""])
+def test_mpirun_has_a_home(home: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    assert Path(launcher.rank_environment("some-id", None)["HOME"]).is_absolute()
+    assert launcher.mpirun_version(launcher.find_mpirun()).startswith("mpirun (Open MPI)")
+    assert launcher.rank_environment("some-id", None, {"HOME": "/there"})["HOME"] == "/there"
+
+
 def test_this_machine_agrees_with_the_process() -> None:
     assert launcher.this_machine().num_cores <= len(os.sched_getaffinity(0))
     assert launcher.find_mpirun(sys.executable).name == "mpirun"
