@@ -117,7 +117,7 @@ def test_another_mpi_is_refused_by_name(tmp_path: Path) -> None:
 def test_an_mpirun_that_does_not_start_is_quoted(tmp_path: Path) -> None:
     broken = fake_mpirun(tmp_path / "bin", "")
     broken.write_text("#!/bin/sh\necho 'libprrte.so.3: cannot open' >&2\nexit 127\n")
-    with pytest.raises(UsageError, match="does not work: libprrte.so.3: cannot open") as refusal:
+    with pytest.raises(UsageError, match=r"does not work: libprrte\.so\.3: cannot open") as refusal:
         launcher.find_mpirun(str(tmp_path / "python"), str(broken.parent))
     assert "is not Open MPI" not in str(refusal.value)
 
