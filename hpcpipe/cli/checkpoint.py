@@ -2,9 +2,9 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
+from hpcpipe.cli.parser import path
 from hpcpipe.errors import ExitCode
 
 _PATH_HELP = "directory of one checkpoint, a checkpoints directory, or a run directory"
@@ -27,7 +27,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         description="Show what a checkpoint says about itself, the newest one for a run directory; reads only its "
         "manifest. Exit code 65 when that is missing or damaged.",
     )
-    shown.add_argument("path", metavar="PATH", type=Path, help=_PATH_HELP)
+    shown.add_argument("path", metavar="PATH", type=path, help=_PATH_HELP)
     shown.add_argument("--tensors", action="store_true", help="list every tensor")
     shown.add_argument("--json", action="store_true", help="print one JSON object")
     shown.set_defaults(run=run_show)
@@ -38,7 +38,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         description="Compare every file of a checkpoint with its hash, of all checkpoints for a run directory. "
         "Exit code 65 when any is damaged.",
     )
-    verified.add_argument("path", metavar="PATH", type=Path, help=_PATH_HELP)
+    verified.add_argument("path", metavar="PATH", type=path, help=_PATH_HELP)
     verified.add_argument("--json", action="store_true", help="print one JSON object, keys ok and problems")
     verified.set_defaults(run=run_verify)
 

@@ -2,10 +2,11 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
+from hpcpipe.cli.parser import path
 from hpcpipe.errors import ExitCode, UsageError
+from hpcpipe.telemetry.text import visible
 
 _HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 _FILE_HELP = "token file made by `hpcpipe data prepare`"
@@ -36,7 +37,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         help="stdlib (the sources of Python's standard library), a UTF-8 text file, a folder of them, or a .jsonl "
         'file with a document under "text" in every line',
     )
-    prepare.add_argument("-o", "--output", metavar="FILE", type=Path, required=True, help="token file to write")
+    prepare.add_argument("-o", "--output", metavar="FILE", type=path, required=True, help="token file to write")
     prepare.add_argument("--force", action="store_true", help="replace FILE if it exists")
     prepare.set_defaults(run=run_prepare)
 
@@ -45,7 +46,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         help="documents, tokens, sizes and digest",
         description="Show what a token file says about itself. Exit code 65 when it is missing or damaged.",
     )
-    shown.add_argument("file", metavar="FILE", type=Path, help=_FILE_HELP)
+    shown.add_argument("file", metavar="FILE", type=path, help=_FILE_HELP)
     shown.add_argument("--json", action="store_true", help="print one JSON object")
     shown.set_defaults(run=run_show)
 
@@ -54,7 +55,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         help="recompute every checksum and hash",
         description="Recompute every checksum, hash and digest of a token file. Exit code 65 when it is damaged.",
     )
-    verified.add_argument("file", metavar="FILE", type=Path, help=_FILE_HELP)
+    verified.add_argument("file", metavar="FILE", type=path, help=_FILE_HELP)
     verified.add_argument("--json", action="store_true", help="print one JSON object, keys ok and problems")
     verified.set_defaults(run=run_verify)
 
@@ -75,12 +76,14 @@ def run_prepare(args: argparse.Namespace) -> int:
     Raises
     ------
     UsageError
-        The file exists and is not to be replaced, a source is missing, or there is no text.
+        The file exists and is not to be replaced or no regular file, a source is missing, or there is no text.
     DamagedError
         A source is not what its name says.
     DiskError
         The file system refused the file.
     """
+    if "" in args.sources:
+        raise UsageError('an empty SOURCE: name a file or a folder; "." is the current one')
     if args.output.is_file():
         if not args.force:
             raise UsageError(f"{args.output} exists; choose another name, or add --force to replace it")
@@ -91,7 +94,7 @@ def run_prepare(args: argparse.Namespace) -> int:
 
     from hpcpipe.data.prepare import prepare
 
-    prepare(args.sources, args.output, report=lambda line: print(_printable(line)))
+    prepare(args.sources, args.output, report=lambda line: print(visible(line)))
     return ExitCode.DONE
 
 
@@ -165,7 +168,7 @@ def run_verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"ok": not problems, "problems": problems}, indent=2))
     else:
-        print("\n".join(map(_printable, problems)) if problems else f"{_printable(str(args.file))}: ok")
+        print("\n".join(map(visible, problems)) if problems else f"{visible(str(args.file))}: ok")
     return ExitCode.DAMAGED if problems else ExitCode.DONE
 
 
@@ -183,13 +186,8 @@ def _describe(shown: dict[str, Any]) -> str:
         "text": f"{shown['text_bytes']:,} bytes",
         "digest": shown["digest"],
     }
-    lines = [f"{name:<11}{_printable(text)}" for name, text in rows.items()]
+    lines = [f"{name:<11}{visible(text)}" for name, text in rows.items()]
     lines.append("first documents:")
     width = max(len(f"{document['bytes']:,}") for document in shown["documents"])
-    lines += [f"  {document['bytes']:>{width},}  {_printable(document['name'])}" for document in shown["documents"]]
+    lines += [f"  {document['bytes']:>{width},}  {visible(document['name'])}" for document in shown["documents"]]
     return "\n".join(lines)
-
-
-def _printable(text: str) -> str:
-    """Escape what a terminal cannot show or would obey, as file names may hold any byte."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

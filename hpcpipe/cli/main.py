@@ -1,5 +1,6 @@
 """The ``hpcpipe`` command: finds the verb, runs it, and turns errors into one message and an exit code."""
 
+import io
 import os
 import sys
 import time
@@ -9,7 +10,7 @@ from hpcpipe import __version__
 from hpcpipe.cli import checkpoint, data, doctor, launch, sample, schedule, train
 from hpcpipe.cli.parser import Parser, nearest
 from hpcpipe.cluster.environment import rank_hint
-from hpcpipe.errors import MEANING, ExitCode, HpcpipeError, UsageError
+from hpcpipe.errors import MEANING, DiskError, ExitCode, HpcpipeError, UsageError
 
 VERBS = (launch, train, data, schedule, checkpoint, sample, doctor)
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The process's exit code, see `hpcpipe.errors.ExitCode`; 130 when interrupted from the keyboard.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _ready_streams()
     try:
         code = _run(arguments)
         sys.stdout.flush()
@@ -42,9 +44,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output has gone, as in `hpcpipe ... | head`; nothing may be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output has gone, as in `hpcpipe ... | head`.
+        _drop_output()
         return _BROKEN_PIPE
+    except OSError as error:
+        if not _is_output_refused():
+            raise
+        _drop_output()
+        _report(DiskError(f"standard output could not be written ({error.strerror}): free space or write elsewhere"))
+        return int(ExitCode.DISK)
 
 
 def build_parser() -> Parser:
@@ -74,6 +82,35 @@ def _run(arguments: list[str]) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return int(parsed.run(parsed))
+
+
+def _ready_streams() -> None:
+    """Open standard streams that were closed, and let text that the output's encoding lacks pass as ``?``."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # In this order, the lowest free number is this one.
+            os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _is_output_refused() -> bool:
+    """Tell whether it was standard output that failed: then it still does."""
+    try:
+        sys.stdout.flush()
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError:
+        return True
+    return False
+
+
+def _drop_output() -> None:
+    """See that nothing is written to standard output at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _check_verb(word: str) -> None:

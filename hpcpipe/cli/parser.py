@@ -4,6 +4,7 @@ import argparse
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hpcpipe.errors import UsageError
@@ -63,6 +64,29 @@ class Parser(argparse.ArgumentParser):
         if rest:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         return known, rest
+
+
+def path(text: str) -> Path:
+    """Convert an argument to a path.
+
+    Parameters
+    ----------
+    text : str
+        What was written.
+
+    Returns
+    -------
+    Path
+        Its path.
+
+    Raises
+    ------
+    ArgumentTypeError
+        It is empty, as an unset variable of a shell: `Path` would take it for the current folder.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError('an empty path: name a file or folder; "." is the current one')
+    return Path(text)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

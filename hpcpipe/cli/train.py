@@ -1,7 +1,8 @@
 """``hpcpipe train``: train as a configuration says."""
 
 import argparse
-from pathlib import Path
+
+from hpcpipe.cli.parser import path
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -9,7 +10,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "train", help="train a model", description="Train a model, under mpirun, srun or alone."
     )
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file, such as configs/quickstart.toml")
+    parser.add_argument("config", type=path, metavar="CONFIG", help="TOML file, such as configs/quickstart.toml")
     parser.add_argument(
         "--set",
         action="append",
@@ -20,11 +21,17 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument(
         "--resume",
+        type=_checkpoint,
         default="auto",
         metavar="auto|never|PATH",
         help="go on from the newest checkpoint that verifies (default), never, or from the one at a path",
     )
     parser.set_defaults(run=run)
+
+
+def _checkpoint(text: str) -> str:
+    """Refuse an empty path."""
+    return text if text in ("auto", "never") else str(path(text))
 
 
 def run(args: argparse.Namespace) -> int:

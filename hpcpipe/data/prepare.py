@@ -33,13 +33,15 @@ def prepare(sources: Sequence[str], path: Path, report: Report | None = None) ->
     Raises
     ------
     UsageError
-        A source is missing, no text is found, or the folder does not exist.
+        A source is missing, no text is found, the folder does not exist, or the path is a device or pipe.
     DamagedError
         A source is not what its name says.
     DiskError
         The file system refused the file. Nothing is left behind.
     """
     path = Path(path)
+    if path.is_symlink():
+        path = Path(os.path.realpath(path))  # the link stays, what it leads to is replaced
     _check_target(path)
     documents = _collect(sources, report)
     with exclusive(path) as temporary:
@@ -155,3 +157,5 @@ def _check_target(path: Path) -> None:
         raise UsageError(f"{path}: the folder {path.parent} does not exist; make it first")
     if path.is_dir():
         raise UsageError(f"{path}: is a folder; name a file to write")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path}: is not a regular file, and is not replaced; name another file to write")

@@ -9,6 +9,7 @@ from hpcpipe.mpi.channel import Channel
 from hpcpipe.mpi.collectives import gather_rows
 from hpcpipe.pipeline.messages import Messages
 from hpcpipe.schedule.build import build_forward
+from hpcpipe.telemetry.text import visible
 from hpcpipe.train.evaluate import Evaluation
 from hpcpipe.train.generate import Generator
 from hpcpipe.train.session import Session
@@ -52,4 +53,4 @@ def show_sample(session: Session, state: State, tokenizer_name: str) -> None:
     generator = Generator(state, schedule, grid.stage_rank, messages, share)
     tokens = generator.run([tokenizer.separator], config.train.sample_tokens, _TEMPERATURE, config.run.seed)
     session.console.say(f"a sample at temperature {_TEMPERATURE}:")
-    session.console.say(tokenizer.decode(tokens))
+    session.console.say(visible(tokenizer.decode(tokens), kept="\n\t"))

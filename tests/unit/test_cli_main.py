@@ -52,6 +52,12 @@ def test_every_verb_has_help(verb: str, capsys: Captured) -> None:
         (["sample"], ["CHECKPOINT"]),
         (["launch", "train", "x.toml"], ["-n"]),
         (["launch", "-n", "two", "train"], ["'two'"]),
+        (["sample", ""], ["empty path"]),
+        (["train", ""], ["empty path"]),
+        (["train", "x.toml", "--resume", ""], ["--resume", "empty path"]),
+        (["checkpoint", "verify", ""], ["empty path"]),
+        (["data", "prepare", "", "-o", "x.h5"], ["empty SOURCE"]),
+        (["data", "prepare", "x", "-o", ""], ["--output", "empty path"]),
         (["launch", "-n", "0", "train", "x.toml"], ["-n 0", "at least 1"]),
         (["launch", "-n", "2", "doctor"], ["doctor", "train"]),
         (["launch", "-n", "2", "trian", "x.toml"], ["trian", "did you mean train?"]),
@@ -109,6 +115,37 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     with os.fdopen(write, "wb") as closed:
         result = subprocess.run([sys.executable, "-c", program], stdout=closed, stderr=subprocess.PIPE, timeout=20)
     assert (result.returncode, result.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_on_a_full_disk_is_one_message(unbuffered: str) -> None:
+    program = (
+        "import sys; from hpcpipe.cli import doctor, main;"
+        "doctor.run = lambda _: print('text') or 0; sys.exit(main.main(['doctor']))"
+    )
+    environ = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, env=environ, timeout=20
+        )
+    assert result.returncode == 74
+    assert result.stderr.startswith(b"hpcpipe: error: standard output could not be written (No space left on device)")
+    assert result.stderr.count(b"\n") == 1
+
+
+def test_closed_streams_are_no_error() -> None:
+    command = f"{sys.executable} -m hpcpipe sample nowhere <&- >&- 2>&-; echo $?"
+    assert subprocess.run(command, shell=True, capture_output=True, timeout=60).stdout == b"64\n"
+
+
+def test_text_that_the_output_s_encoding_lacks_passes() -> None:
+    program = (
+        "import sys; from hpcpipe.cli import doctor, main;"
+        "doctor.run = lambda _: print('caf\\xe9 \\udcff') or 0; sys.exit(main.main(['doctor']))"
+    )
+    environ = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environ, timeout=20)
+    assert (result.returncode, result.stdout) == (0, b"caf? ?\n")
 
 
 KILLED = Failure(1, "on n1 was ended by signal 9 (Killed)")

@@ -275,6 +275,28 @@ def test_a_temporary_file_of_a_killed_preparation_is_in_nobodys_way(tmp_path):
     assert verify(out) == []
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(UsageError, match="not a regular file"):
+            prepare([str(tmp_path / "a.txt")], tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "a.txt").write_text("some text")
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "link.h5"
+    link.symlink_to(tmp_path / "there/tokens.h5")
+    for _ in range(2):
+        prepare([str(tmp_path / "a.txt")], link)
+        assert link.is_symlink()
+        with TokenFile(tmp_path / "there/tokens.h5") as file:
+            assert file.num_documents == 1
+
+
 def test_default_path_follows_the_text(tmp_path):
     text = tmp_path / "my text.txt"
     text.write_text("one")

@@ -15,6 +15,7 @@ from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.files import append_line, read_lines, write_whole
 from hpcpipe.telemetry.metrics import MetricsLog, last_step
 from hpcpipe.telemetry.status import end_status, write_status
+from hpcpipe.telemetry.text import visible
 
 ROW = {
     "step": 7,
@@ -27,6 +28,11 @@ ROW = {
     "mfu": 0.25,
     "bubble": 0.125,
 }
+
+
+def test_what_a_terminal_would_obey_is_shown_as_text():
+    assert visible("a\x1b[2J\x9b1m\r\n\tß\ufffd\udcff", kept="\n\t") == "a\\x1b[2J\\x9b1m\\r\n\tß\ufffd\\udcff"
+    assert visible("a\nb") == "a\\nb"
 
 
 def test_floats_read_back_to_the_same_bits(tmp_path):
