@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import uuid
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,7 +94,7 @@ def cases(dtype: npt.DTypeLike = np.float32) -> list[Case]:
 
 
 def compile_all(report: Callable[[str, int, int], None] | None = None, dtype: npt.DTypeLike = np.float32) -> None:
-    """Load every kernel from disk, or compile it and keep it there.
+    """Load every kernel from disk, or compile it and keep it there; damaged files are replaced.
 
     Parameters
     ----------
@@ -105,17 +106,50 @@ def compile_all(report: Callable[[str, int, int], None] | None = None, dtype: np
     Raises
     ------
     DiskError
-        If compiled code cannot be read from or written to its directory.
+        If compiled code cannot be read from or written to its directory, or stays damaged.
     """
     todo = cases(dtype)
+    with _disk_errors():
+        _remove_damaged(dtype)
     for index, (function, arguments) in enumerate(todo, start=1):
         if report is not None:
             report(function.__name__, index, len(todo))
         with _disk_errors():
-            function(*arguments)
+            _load(function, arguments)
     with _disk_errors():
         if not is_compiled(dtype):
             _write_marker(dtype)
+
+
+def _load(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """Call a kernel; if that fails, remove what the disk has of it and call it again."""
+    try:
+        function(*arguments)
+    # Reading a damaged pickle raises whatever its bytes happen to say.
+    except Exception as error:
+        if isinstance(error, OSError) or not _remove_compiled(function):
+            raise
+        try:
+            function(*arguments)
+        except OSError:
+            raise
+        except Exception as again:
+            raise DiskError(
+                f"{jit.CACHE_DIRECTORY}: compiled kernels are damaged ({function.__name__}: {type(again).__name__}:"
+                f" {again}): remove this directory"
+            ) from again
+
+
+def _remove_compiled(function: Callable[..., Any]) -> bool:
+    """Remove the files of a kernel and of all helpers that kernels call; False if there are none."""
+    directory = jit.compiled_directory(function)
+    if directory is None:
+        return False
+    name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+    files = [path for stem in (f"{name}-", "*._*-") for path in directory.glob(f"{stem}*.nb[ic]")]
+    for path in files:
+        path.unlink(missing_ok=True)
+    return bool(files)
 
 
 @contextmanager
@@ -131,7 +165,7 @@ def _disk_errors() -> Iterator[None]:
 
 
 def is_compiled(dtype: npt.DTypeLike = np.float32) -> bool:
-    """Tell whether the directory of compiled code holds every kernel for this processor and this compiler.
+    """Tell whether the directory of compiled code holds every kernel, undamaged, for this processor and this compiler.
 
     Parameters
     ----------
@@ -146,10 +180,10 @@ def is_compiled(dtype: npt.DTypeLike = np.float32) -> bool:
     marker = _marker(dtype)
     if marker is None:
         return True
+    checksums = _read_marker(marker)
     try:
-        names = json.loads(marker.read_text())
-        return all((marker.parent / name).is_file() for name in names)
-    except (OSError, ValueError):
+        return bool(checksums) and all(_checksum(marker.parent / name) == crc for name, crc in checksums.items())
+    except OSError:
         return False
 
 
@@ -180,11 +214,39 @@ def _marker(dtype: npt.DTypeLike) -> Path | None:
 
 
 def _write_marker(dtype: npt.DTypeLike) -> None:
-    """List the files of compiled code in the marker, which appears whole or not at all."""
+    """List the files of compiled code and their checksums in the marker, which appears whole or not at all."""
     marker = _marker(dtype)
     if marker is None:
         return
-    names = sorted(path.name for pattern in ("*.nbi", "*.nbc") for path in marker.parent.glob(pattern))
+    checksums = {path.name: _checksum(path) for path in sorted(marker.parent.glob("*.nb[ic]"))}
     partial = marker.with_name(f"{marker.name}.{uuid.uuid4().hex}")
-    partial.write_text(json.dumps(names))
+    partial.write_text(json.dumps(checksums))
     partial.replace(marker)
+
+
+def _read_marker(marker: Path) -> dict[str, int]:
+    """Return the checksum of each file that the marker names; none if there is no marker or it says something else."""
+    try:
+        checksums = json.loads(marker.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return checksums if isinstance(checksums, dict) else {}
+
+
+def _checksum(path: Path) -> int:
+    """Return the CRC-32 of a file of compiled code; 0 for an index, which grows when new types are compiled."""
+    content = path.read_bytes()
+    return zlib.crc32(content) if path.suffix == ".nbc" else 0
+
+
+def _remove_damaged(dtype: npt.DTypeLike) -> None:
+    """Remove compiled code that is not what the marker says: LLVM ends the process on some of it, and runs the rest."""
+    marker = _marker(dtype)
+    if marker is None:
+        return
+    for name, crc in _read_marker(marker).items():
+        try:
+            if _checksum(marker.parent / name) != crc:
+                (marker.parent / name).unlink(missing_ok=True)
+        except FileNotFoundError:
+            continue

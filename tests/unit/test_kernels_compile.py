@@ -84,8 +84,88 @@ def test_a_marker_that_is_no_list_counts_as_none(monkeypatch, tmp_path):
     marker = tmp_path / "complete.json"
     monkeypatch.setattr(warm, "_marker", lambda dtype: marker)
     assert not warm.is_compiled()
-    marker.write_text('["gone')
-    assert not warm.is_compiled()
+    for content in ('["gone', "3", "[3]", "{}", '{"gone": 0}', '{"complete.json": 1}'):
+        marker.write_text(content)
+        assert not warm.is_compiled()
+
+
+DAMAGE = """
+import sys
+from hpcpipe.kernels import jit, reduce, warm
+kept = {"add_into", "sum_of_squares"}
+if sys.argv[1:] == ["helper"]:
+    kept = {"gelu_forward"}
+every = warm.cases
+warm.cases = lambda dtype: [case for case in every(dtype) if case[0].__name__ in kept]
+warm.compile_all()
+print(jit.compiled_directory(reduce.add_into))
+"""
+
+
+def compile_two(cache, *arguments):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": "", "HPCPIPE_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-c", DAMAGE, *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    return Path(result.stdout.strip())
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    path.write_bytes({"empty": b"", "cut": content[: len(content) // 2], "garbage": b"\xa5" * len(content)}[how])
+
+
+@pytest.mark.parametrize("how", ["empty", "cut", "garbage"])
+def test_damaged_files_are_compiled_again(tmp_path, how):
+    directory = compile_two(tmp_path)
+    index, code = next(directory.glob("reduce.add_into-*.nbi")), next(directory.glob("reduce.sum_*.nbc"))
+    whole = index.read_bytes(), code.stat().st_size
+    damage(index, how)
+    damage(code, how)
+    compile_two(tmp_path)
+    assert index.read_bytes() == whole[0]
+    # Compiled code holds names that differ from one process to the next, by some bytes.
+    assert abs(code.stat().st_size - whole[1]) < 1000
+
+
+def test_code_that_changed_is_not_loaded(tmp_path):
+    """Bytes inside the machine code are no error of reading: it would run, or LLVM would end the process."""
+    directory = compile_two(tmp_path)
+    code = next(directory.glob("reduce.add_into-*.nbc"))
+    content = bytearray(code.read_bytes())
+    start = content.index(b"\x7fELF")
+    content[start + 64 : start + 576] = b"\xa5" * 512
+    code.write_bytes(content)
+    compile_two(tmp_path)
+    assert b"\xa5" * 512 not in code.read_bytes()
+
+
+def test_damaged_helpers_are_compiled_again(tmp_path):
+    directory = compile_two(tmp_path, "helper")
+    index = next(directory.glob("exponential._*.nbi"))
+    damage(index, "cut")
+    for path in directory.glob("activation.*"):
+        path.unlink()
+    compile_two(tmp_path, "helper")
+    assert list(directory.glob("activation.gelu_forward-*.nbc"))
+
+
+def test_damage_that_stays_is_reported_with_the_directory(monkeypatch, tmp_path):
+    def fail():
+        raise EOFError("Ran out of input")
+
+    fail.__module__ = "hpcpipe.kernels.gemm"
+    monkeypatch.setattr(warm, "cases", lambda dtype: [(fail, ())])
+    monkeypatch.setattr(jit, "compiled_directory", lambda compiled: tmp_path)
+    with pytest.raises(EOFError):
+        warm.compile_all()
+    (tmp_path / "gemm.fail-1.py311.nbi").touch()
+    (tmp_path / "gemm.failure-1.py311.nbi").touch()
+    with pytest.raises(
+        DiskError, match=r"kernels-.*damaged \(fail: EOFError: Ran out of input\): remove this directory"
+    ):
+        warm.compile_all()
+    assert [path.name for path in tmp_path.iterdir()] == ["gemm.failure-1.py311.nbi"]
 
 
 def test_a_full_disk_is_reported_with_its_cure(monkeypatch):
