@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import hpcpipe
-from hpcpipe.cli.parser import Parser, nearest
+from hpcpipe.cli.parser import nearest
+from hpcpipe.cli.preflight import check_start
 from hpcpipe.errors import DiskError, ExitCode, HpcpipeError, RankError, StoppedError, UsageError
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     Raises
     ------
     UsageError
-        Not a verb for ranks, no ranks, or no ``mpirun``.
+        Not a verb for ranks, no ranks, a wrong configuration, or no ``mpirun``.
     RankError, StoppedError
         See `launch`.
     """
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
     program = [*python_command(), "-m", "hpcpipe", args.program, *args.arguments]
     if {"-h", "--help"} & set(args.arguments):
         return os.spawnv(os.P_WAIT, program[0], program)
-    return launch(program, args.num_ranks, find_run_directory(args.arguments), args.mpirun_args)
+    directory = check_start(args.arguments, args.num_ranks)
+    return launch(program, args.num_ranks, directory, args.mpirun_args)
 
 
 def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpirun_args: Sequence[str] = ()) -> int:
@@ -213,31 +215,6 @@ def read_status(directory: Path | None, launch_id: str) -> Status | None:
     exit_code = status.get("exit_code")
     cause = str(status.get("cause") or "")
     return Status(str(status.get("state")), exit_code if isinstance(exit_code, int) else None, cause)
-
-
-def find_run_directory(arguments: Sequence[str]) -> Path | None:
-    """Find the run directory that the arguments of ``train`` lead to.
-
-    Parameters
-    ----------
-    arguments : sequence of str
-        CONFIG and options.
-
-    Returns
-    -------
-    Path or None
-        None where the arguments or the configuration are wrong: the run will say so.
-    """
-    from hpcpipe.config.load import run_directory
-
-    parser = Parser(add_help=False)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--set", action="append", default=[])
-    parser.add_argument("--resume")
-    with contextlib.suppress(UsageError):
-        known = parser.parse_args(list(arguments))
-        return run_directory(known.config, known.set)
-    return None
 
 
 def python_command() -> list[str]:

@@ -88,7 +88,7 @@ def fitting_degrees(config: Config, world_size: int, chunks: int = 1) -> list[tu
     """
     degrees = [
         (world_size // data, data)
-        for data in range(1, world_size + 1)
+        for data in range(1, min(world_size, config.parallel.microbatches) + 1)
         if world_size % data == 0
         and world_size // data * chunks <= config.model.layers
         and config.parallel.microbatches % data == 0

@@ -7,13 +7,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from hpcpipe.errors import ExitCode, HpcpipeError, InUseError
+from hpcpipe.errors import ExitCode, HpcpipeError
 from hpcpipe.mpi import runtime
 from hpcpipe.mpi.runtime import World
-from hpcpipe.telemetry.metrics import last_step
-from hpcpipe.telemetry.status import write_status
-from hpcpipe.train.directory import RunDirectory
-from hpcpipe.train.lock import is_held_by_another
+from hpcpipe.train.last_status import write_last_status
 
 _SPEAK_S = 0.5
 _LONGEST_SPEAK_S = 2.0
@@ -49,7 +46,7 @@ def leaving_together(world: World, directory: Path | None) -> Iterator[Outcome]:
             _let_lower_ranks_speak(world)
         if world.rank == 0 or not error.on_all_ranks:
             _tell(world, error)
-            _write_last_status(world, directory, error)
+            write_last_status(directory, error, is_first=world.rank == 0)
         if not error.on_all_ranks:
             runtime.abort(error.exit_code)
     except BaseException as error:
@@ -57,7 +54,7 @@ def leaving_together(world: World, directory: Path | None) -> Iterator[Outcome]:
         with contextlib.suppress(OSError, ValueError):
             runtime.report_traceback(world)
         cause = f"rank {world.rank}: {type(error).__name__}: {error}"
-        _write_last_status(world, directory, HpcpipeError(cause))
+        write_last_status(directory, HpcpipeError(cause), is_first=world.rank == 0)
         runtime.abort(ExitCode.RANK_FAILED)
         raise
 
@@ -76,16 +73,3 @@ def _tell(world: World, error: HpcpipeError) -> None:
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(f"hpcpipe: {kind}: {where}{error}\n")
         sys.stderr.flush()
-
-
-def _write_last_status(world: World, directory: Path | None, error: HpcpipeError) -> None:
-    """Say in the run directory why the run ended, unless the directory is another run's."""
-    if directory is None or isinstance(error, InUseError):
-        return
-    # Nothing may come between an error and the end of the other ranks.
-    with contextlib.suppress(Exception):
-        # A wrong configuration is found before the lock is taken: the directory may be that of a run under way.
-        if world.rank == 0 and is_held_by_another(RunDirectory(directory).lock):
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        write_status(directory, last_step(RunDirectory(directory).metrics), error.exit_code, str(error))

@@ -202,6 +202,7 @@ def test_wrong_configuration_is_told_once_with_its_code(tmp_path: Path) -> None:
 
 
 def test_options_that_mpirun_refuses(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("")
     command = [sys.executable, "-m", "hpcpipe", "launch", "-n", "1", "--mpirun-arg=--no-such-option", "train", "x.toml"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert result.returncode == 64

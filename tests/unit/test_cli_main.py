@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import hpcpipe
 from hpcpipe.cli import launch, main
 from hpcpipe.cli.doctor import as_text
+from hpcpipe.cli.preflight import check_start
 from hpcpipe.cluster.banner import Failure
 from hpcpipe.cluster.supervise import Outcome
 from hpcpipe.errors import DamagedError, RankError, StoppedError, UsageError
@@ -222,15 +224,61 @@ def test_only_this_launch_s_status_counts(tmp_path: Path) -> None:
     assert launch.read_status(folder, "a") == launch.Status("running", None)
 
 
-def test_the_run_directory_is_found_as_train_finds_it(tmp_path: Path) -> None:
-    config = tmp_path / "c.toml"
-    config.write_text('[run]\nname = "one"\ndir = "there"\n')
-    assert launch.find_run_directory([str(config)]) == Path("there/one")
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "c.toml"
+    file.write_text(f'[run]\nname = "one"\ndir = "{tmp_path}"\n[model]\nlayers = 4\n')
+    return file
+
+
+def test_the_run_directory_is_found_as_train_finds_it(config: Path) -> None:
+    assert check_start([str(config)], 4) == config.parent / "one"
     arguments = ["--resume", "never", "--set", "run.name=two", str(config), "--set", "train.steps=3"]
-    assert launch.find_run_directory(arguments) == Path("there/two")
-    assert launch.find_run_directory([]) is None
-    assert launch.find_run_directory(["--unknown", str(config)]) is None
-    assert launch.find_run_directory([str(config) + ".not"]) is None
+    assert check_start(arguments, 4) == config.parent / "two"
+    assert not (config.parent / "one").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "arguments", "words"),
+    [
+        (2, ["--set", "train.stpes=3"], ["train.stpes", "train.steps"]),
+        (3, ["--set", "parallel.pipeline=2"], ["3 ranks", "-n 2"]),
+        (10**12, [], ["model.layers = 4", "-n 4"]),
+        (10**12, ["--set", "parallel.schedule=zb-v"], ["model.layers = 4", "2 on each rank", "-n 2"]),
+    ],
+)
+def test_a_wrong_configuration_starts_no_ranks(
+    num_ranks: int,
+    arguments: list[str],
+    words: list[str],
+    config: Path,
+    capsys: Captured,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "launch", None)
+    assert main.main(["launch", "-n", str(num_ranks), "train", str(config), *arguments]) == 64
+    message = capsys.readouterr().err
+    assert message.count("hpcpipe: error: ") == 1
+    for word in words:
+        assert word in message
+    status = json.loads((config.parent / "one/status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 64)
+    assert status["cause"] in message
+
+
+def test_a_wrong_configuration_leaves_another_run_alone(config: Path, capsys: Captured) -> None:
+    (config.parent / "one").mkdir()
+    start = Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19]
+    holder = {"host": socket.gethostname(), "pid": 1, "process_start": start, "started": ""}
+    (config.parent / "one/lock.json").write_text(json.dumps(holder))
+    assert main.main(["launch", "-n", "9", "train", str(config)]) == 64
+    assert not (config.parent / "one/status.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--unknown", "x.toml"], ["nowhere.toml"]])
+def test_arguments_of_the_ranks_are_checked(arguments: list[str], capsys: Captured) -> None:
+    assert main.main(["launch", "-n", "2", "train", *arguments]) == 64
+    assert capsys.readouterr().err.count("hpcpipe: error: ") == 1
 
 
 def test_doctor_s_text_names_problems_last() -> None:
