@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 
 import mpi4py
@@ -75,8 +76,9 @@ def stop(world: World) -> None:
 
 def abort(code: ExitCode = ExitCode.RANK_FAILED) -> None:
     """End every rank of the run at once; does not return when MPI is running."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
     if MPI.Is_initialized() and not MPI.Is_finalized() and _every_rank().size > 1:
         _every_rank().Abort(int(code))
     os._exit(int(code))
