@@ -29,10 +29,11 @@ def write(name: str, text: str) -> None:
     partial.rename(DIRECTORY / name)
 
 
-def status(state: str, exit_code: int | None) -> None:
+def status(state: str, exit_code: int | None, cause: str = "") -> None:
     if RANK == 0:
         launch_id = os.environ["HPCPIPE_LAUNCH_ID"]
-        write("status.json", json.dumps({"state": state, "exit_code": exit_code, "launch_id": launch_id}))
+        content = {"state": state, "exit_code": exit_code, "cause": cause, "launch_id": launch_id}
+        write("status.json", json.dumps(content))
 
 
 def wait_for_stop() -> None:
@@ -57,7 +58,8 @@ def main() -> int:
     if BEHAVIOUR == "damaged":
         if RANK == 0:
             print("hpcpipe: error: tokens.h5: truncated", file=sys.stderr, flush=True)
-        status("failed", 65)
+        # mpirun may lose the text of rank 0 where another rank fails first.
+        status("failed", 65, "tokens.h5: truncated")
         return 65
     if BEHAVIOUR == "in-use":
         return 73
