@@ -1,5 +1,7 @@
 """What a person sees: a progress bar on a terminal, one line per step elsewhere."""
 
+import os
+import signal
 import sys
 from typing import Any
 
@@ -42,8 +44,11 @@ class Console:
         if self._mode == "terminal":
             self._rich.print(text, markup=False, soft_wrap=True)
         else:
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
+            try:
+                sys.stdout.write(text + "\n")
+                sys.stdout.flush()
+            except OSError as error:
+                _lose_output(error)
 
     def start(self, steps: int, done: int) -> None:
         """Begin to show progress."""
@@ -82,3 +87,10 @@ class Console:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _lose_output(error: OSError) -> None:
+    """Drop all further text; a run whose reader has gone is asked to stop, as `hpcpipe launch` asks it."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError) and callable(signal.getsignal(signal.SIGUSR1)):
+        signal.raise_signal(signal.SIGUSR1)

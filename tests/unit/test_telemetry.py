@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,23 @@ ROW = {
 def test_what_a_terminal_would_obey_is_shown_as_text():
     assert visible("a\x1b[2J\x9b1m\r\n\tß\ufffd\udcff", kept="\n\t") == "a\\x1b[2J\\x9b1m\\r\n\tß\ufffd\\udcff"
     assert visible("a\nb") == "a\\nb"
+
+
+@pytest.mark.parametrize(("is_pipe", "stops"), [(True, [signal.SIGUSR1]), (False, [])])
+def test_an_output_that_takes_no_text_does_not_end_the_run(monkeypatch, is_pipe, stops):
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        with os.fdopen(writer, "w") as gone, Path("/dev/full").open("w") as full:
+            monkeypatch.setattr(sys, "stdout", gone if is_pipe else full)
+            console = Console("lines")
+            console.say("lost")
+            console.say("lost as well")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert heard == stops
 
 
 def test_floats_read_back_to_the_same_bits(tmp_path):
