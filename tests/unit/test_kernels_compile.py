@@ -249,3 +249,71 @@ def test_scratch_of_attention_is_enough_and_no_more_is_touched():
         arguments[-1] = guarded[:needed]
         KERNELS[name](*arguments)
         assert (guarded[needed:] == 7).all()
+
+
+RESULTS = """
+import hashlib
+import numpy as np
+from hpcpipe.kernels import activation, adamw, attention, embedding, gemm, loss, norm, reduce, warm
+
+warm.compile_all()
+numbers = np.random.default_rng(0)
+B, T, H, C, V = 3, 70, 4, 128, 97
+R = B * T
+
+
+def f(*shape):
+    return numbers.standard_normal(shape).astype(np.float32)
+
+
+def i(low, *shape):
+    return numbers.integers(low, V, shape).astype(np.int32)
+
+
+S = attention.attention_scratch(T, C, H)
+calls = {
+    "matmul": (gemm.matmul, f(R, C), f(C, V), f(R, V)),
+    "matmul_nt": (gemm.matmul_nt, f(R, C), f(V, C), f(R, V)),
+    "matmul_tn": (gemm.matmul_tn, f(R, C), f(R, V), f(C, V)),
+    "matmul_bias": (gemm.matmul_bias, f(R, C), f(C, V), f(V), f(R, V)),
+    "layernorm_forward": (norm.layernorm_forward, f(R, C), f(C), f(C), f(R, C), f(R), f(R)),
+    "layernorm_backward_input": (norm.layernorm_backward_input, f(R, C), f(R, C), f(C), f(R), f(R), f(R, C)),
+    "layernorm_backward_weight": (norm.layernorm_backward_weight, f(R, C), f(R, C), f(R), f(R), f(C), f(C), f(2, C)),
+    "gelu_forward": (activation.gelu_forward, f(R, C), f(R, C)),
+    "gelu_backward": (activation.gelu_backward, f(R, C), f(R, C), f(R, C)),
+    "attention_forward": (attention.attention_forward, f(R, 3 * C), B, H, f(R, C), f(B, H, T), f(S)),
+    "attention_backward": (
+        attention.attention_backward, f(R, C), f(R, 3 * C), f(R, C), f(B, H, T) + 6, B, H, f(R, 3 * C), f(S)
+    ),
+    "embedding_forward": (embedding.embedding_forward, i(0, B, T), f(V, C), f(T, C), f(R, C)),
+    "embedding_backward_weight": (embedding.embedding_backward_weight, i(0, B, T), f(R, C), f(V, C), f(T, C)),
+    "cross_entropy_forward": (loss.cross_entropy_forward, f(R, V), i(-1, R), abs(f(R)), f(R)),
+    "cross_entropy_backward": (loss.cross_entropy_backward, f(R, V), i(0, R), f(R), f(R) + 5, f(R, V)),
+    "add_into": (reduce.add_into, f(R), f(R)),
+    "sum_of_squares": (reduce.sum_of_squares, f(R * C)),
+    "bias_gradient": (reduce.bias_gradient, f(R, C), f(C), f(C)),
+    "adamw_update": (
+        adamw.adamw_update, f(R), f(R), f(R), abs(f(R)), 0.5, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.1, 0.05
+    ),
+}
+for name, (function, *arguments) in calls.items():
+    result = function(*arguments)
+    digest = hashlib.sha256(repr(result).encode())
+    for argument in arguments:
+        if isinstance(argument, np.ndarray):
+            digest.update(argument.tobytes())
+    print(name, digest.hexdigest())
+"""
+
+
+def test_compiling_and_loading_give_the_same_bits(tmp_path):
+    # The rank that compiles runs code from memory, the others what it wrote to the cache.
+    environ = {**os.environ, "HPCPIPE_CACHE_DIR": str(tmp_path), "OPENBLAS_NUM_THREADS": "1"}
+    environ.pop("NUMBA_CACHE_DIR", None)
+    compiled, loaded = (
+        subprocess.run([sys.executable, "-c", RESULTS], env=environ, capture_output=True, text=True, check=True)
+        .stdout.splitlines()
+        for _ in range(2)
+    )  # fmt: skip
+    assert {line.split()[0] for line in compiled} == set(KERNELS)
+    assert compiled == loaded
