@@ -14,8 +14,10 @@ from hpcpipe.train.evaluate import Evaluation
 from hpcpipe.train.generate import Generator
 from hpcpipe.train.session import Session
 from hpcpipe.train.state import State
+from hpcpipe.train.stop import StopRequest
 
 _TEMPERATURE = 0.7
+_STOPPED = -1
 
 
 def show_compression(session: Session, held_out: HeldOut, evaluation: Evaluation) -> None:
@@ -38,8 +40,8 @@ def show_compression(session: Session, held_out: HeldOut, evaluation: Evaluation
     )
 
 
-def show_sample(session: Session, state: State, tokenizer_name: str) -> None:
-    """Let the first replica write text, and show it on rank 0."""
+def show_sample(session: Session, state: State, tokenizer_name: str, stop: StopRequest) -> None:
+    """Let the first replica write text until it is asked to stop, and show it on rank 0."""
     config, grid = session.config, session.grid
     if config.train.sample_tokens == 0 or grid.replica != 0:
         return
@@ -48,9 +50,10 @@ def show_sample(session: Session, state: State, tokenizer_name: str) -> None:
     messages = Messages(Channel(grid.pipeline_comm, session.waiter, session.mode), schedule)
 
     def share(token: int) -> int:
-        return int(gather_rows(grid.pipeline_comm, session.waiter, np.array([token]))[state.placement[-1], 0])
+        rows = gather_rows(grid.pipeline_comm, session.waiter, np.array([token, stop.is_set]))
+        return _STOPPED if rows[:, 1].any() else int(rows[state.placement[-1], 0])
 
     generator = Generator(state, schedule, grid.stage_rank, messages, share)
-    tokens = generator.run([tokenizer.separator], config.train.sample_tokens, _TEMPERATURE, config.run.seed)
+    tokens = generator.run([tokenizer.separator], config.train.sample_tokens, _TEMPERATURE, config.run.seed, end=_STOPPED)
     session.console.say(f"a sample at temperature {_TEMPERATURE}:")
     session.console.say(visible(tokenizer.decode(tokens), kept="\n\t"))

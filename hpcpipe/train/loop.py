@@ -76,12 +76,13 @@ class Loop:
                 result = self._trainer.run(step, self._stop.is_set)
                 self._record(step, result)
                 is_last = step == config.train.steps
-                if is_last or _is_due(step, config.train.eval_every):
-                    self._evaluate()
+                # Saving comes first: an evaluation may take longer than what is left of an allocation.
                 if is_last or _is_due(step, config.checkpoint.every):
                     self._save()
                 if result.stop and not is_last:
                     self._end_early()
+                if is_last or _is_due(step, config.train.eval_every):
+                    self._evaluate()
         finally:
             self._session.console.stop()
         return self._evaluation

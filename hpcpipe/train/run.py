@@ -165,7 +165,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
 
     if evaluation is not None:
         show_compression(session, held_out, evaluation)
-    show_sample(session, state, tokens.tokenizer)
+    show_sample(session, state, tokens.tokenizer, stop)
     session.events.add("done", step=state.step)
     session.status(state.step, ExitCode.DONE)
     return ExitCode.DONE
