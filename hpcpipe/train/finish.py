@@ -54,6 +54,7 @@ def show_sample(session: Session, state: State, tokenizer_name: str, stop: StopR
         return _STOPPED if rows[:, 1].any() else int(rows[state.placement[-1], 0])
 
     generator = Generator(state, schedule, grid.stage_rank, messages, share)
-    tokens = generator.run([tokenizer.separator], config.train.sample_tokens, _TEMPERATURE, config.run.seed, end=_STOPPED)
+    prompt = [tokenizer.separator]
+    tokens = generator.run(prompt, config.train.sample_tokens, _TEMPERATURE, config.run.seed, end=_STOPPED)
     session.console.say(f"a sample at temperature {_TEMPERATURE}:")
     session.console.say(visible(tokenizer.decode(tokens), kept="\n\t"))
