@@ -76,13 +76,13 @@ class Loop:
                 result = self._trainer.run(step, self._stop.is_set)
                 self._record(step, result)
                 is_last = step == config.train.steps
-                # Saving comes first: an evaluation may take longer than what is left of an allocation.
-                if is_last or _is_due(step, config.checkpoint.every):
-                    self._save()
                 if result.stop and not is_last:
                     self._end_early()
+                # A held-out loss that is not finite keeps broken weights out of the checkpoint.
                 if is_last or _is_due(step, config.train.eval_every):
                     self._evaluate()
+                if is_last or _is_due(step, config.checkpoint.every):
+                    self._save()
         finally:
             self._session.console.stop()
         return self._evaluation
