@@ -4,6 +4,7 @@ A plain pytest never touches MPI. It does not collect ``tests/mpi``; ``tests/tes
 ``mpirun`` instead, also when they are given as paths or selected by ``-k`` and ``-m``.
 """
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,8 +19,16 @@ RANKS_FILE = TESTS / "test_ranks.py"
 MPI_TESTS = TESTS / "mpi"
 
 
+def take_signals_back() -> None:
+    """Undo what nohup or a shell's background job did to signals: the commands under test would inherit it."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Leave out slow tests unless ``-m`` is given, and turn paths below ``tests/mpi`` into jobs."""
+    take_signals_back()
     selection = ["-k", config.option.keyword] if config.option.keyword else []
     selection += ["-m", config.option.markexpr] if config.option.markexpr else []
     config.option.markexpr = config.option.markexpr or "not slow"
