@@ -14,9 +14,13 @@ from hpcpipe.schedule.action import Action, Kind, Schedule
 from hpcpipe.schedule.buffers import count_buffers
 
 
+def _nothing(*_: int) -> None:
+    """Do nothing, where nothing is trained or there is one replica."""
+
+
 @dataclass
 class Work:
-    """What an executor calls for each microbatch.
+    """What an executor calls for each microbatch, and at the end of a step.
 
     Attributes
     ----------
@@ -26,11 +30,20 @@ class Work:
         Gives the gradient arrays of a stage's layers that a microbatch adds to; not called in forward-only schedules.
     finished : callable
         Told when the weight gradients of (stage, microbatch) are added, or the forward is done in a forward-only one.
+    reduce : callable
+        Told when all weight gradients of a stage are added: starts their sum over the replicas.
+    step : callable
+        Updates a stage; the schedule's messages are done and its time is taken before the first call.
+    poll : callable
+        Called between kernels and while the rank waits for a message: lets what `reduce` started move.
     """
 
     load: Callable[[int], Microbatch]
     gradients: Callable[[int, int], list[Arrays]]
     finished: Callable[[int, int, Microbatch, Stash], None]
+    reduce: Callable[[int], None] = _nothing
+    step: Callable[[int], None] = _nothing
+    poll: Callable[[], None] = _nothing
 
 
 Key = tuple[int, int]
@@ -55,7 +68,7 @@ class Executor:
     Attributes
     ----------
     run_s : float
-        Seconds that the last `run` took.
+        Seconds that the last `run` took, updates left out.
     """
 
     def __init__(
@@ -67,6 +80,8 @@ class Executor:
         self._transport = transport
         self._work = work
         self.run_s = 0.0
+        self._start_s = 0.0
+        self._is_timed = False
         counts = count_buffers(schedule, rank)
         stage = next(iter(stages.values()))
         # Inputs, outputs and gradients have one shape, so a stage's output can become the next one's input as it is.
@@ -91,16 +106,33 @@ class Executor:
             Kind.RECV_B: self._receive_gradient,
             Kind.SEND_F: self._send_output,
             Kind.SEND_B: self._send_gradient,
+            Kind.REDUCE: lambda action: work.reduce(action.stage),
+            Kind.STEP: self._step,
         }
 
     def run(self) -> None:
         """Walk the whole list once; on return no message is under way."""
-        start = time.perf_counter()
+        self._start_s = time.perf_counter()
+        self._is_timed = True
         for action in self._actions:
             self._handlers[action.kind](action)
+        self._end_schedule()
+
+    def _step(self, action: Action) -> None:
+        self._end_schedule()
+        self._work.step(action.stage)
+
+    def _end_schedule(self) -> None:
+        """Collect what is still under way and take the time, once per run."""
         while self._leaving:
             self._collect_oldest()
-        self.run_s = time.perf_counter() - start
+        if self._is_timed:
+            self.run_s = time.perf_counter() - self._start_s
+            self._is_timed = False
+
+    def _poll(self) -> None:
+        self._transport.poll()
+        self._work.poll()
 
     def _forward(self, action: Action) -> None:
         key = (action.stage, action.microbatch)
@@ -114,7 +146,7 @@ class Executor:
         is_last = action.stage + 1 == self._schedule.num_stages
         out = self._unused if is_last else self._take()
         stash = self._stash[key] = self._stashes[action.stage].take()
-        stage.forward(microbatch, self._x[key], out, stash, self._transport.poll)
+        stage.forward(microbatch, self._x[key], out, stash, self._poll)
         if not is_last:
             self._out[key] = out
         if self._schedule.is_forward_only:
@@ -130,7 +162,7 @@ class Executor:
             self._stash[key],
             self._shared[action.stage],
             self._work.gradients(*key),
-            self._transport.poll,
+            self._poll,
         )
         self._leave_backward(key, d)
         self._work.finished(*key, microbatch, self._stash[key])
@@ -139,16 +171,14 @@ class Executor:
     def _backward_input(self, action: Action) -> None:
         key, d, microbatch = self._enter_backward(action)
         upstream = self._upstream[key] = self._upstreams[action.stage].take()
-        self._stages[action.stage].backward_input(
-            microbatch, self._x[key], d, self._stash[key], upstream, self._transport.poll
-        )
+        self._stages[action.stage].backward_input(microbatch, self._x[key], d, self._stash[key], upstream, self._poll)
         self._leave_backward(key, d)
 
     def _backward_weight(self, action: Action) -> None:
         key = (action.stage, action.microbatch)
         microbatch, upstream = self._work.load(action.microbatch), self._upstream.pop(key)
         self._stages[action.stage].backward_weight(
-            microbatch, self._x[key], self._stash[key], upstream, self._work.gradients(*key), self._transport.poll
+            microbatch, self._x[key], self._stash[key], upstream, self._work.gradients(*key), self._poll
         )
         self._upstreams[action.stage].give_back(upstream)
         self._work.finished(*key, microbatch, self._stash[key])

@@ -13,7 +13,8 @@ class Kind(StrEnum):
 
     ``F`` forward, ``B`` whole backward, ``I`` gradient of the input, ``W`` gradient of the weights. ``RECV_F`` posts
     the receive of a stage's input and ``SEND_F`` starts the send of its output; ``RECV_B`` and ``SEND_B`` do the same
-    for the gradient that enters a stage from behind and the one that leaves it in front.
+    for the gradient that enters a stage from behind and the one that leaves it in front. ``REDUCE`` starts the sum of a
+    stage's gradients over the replicas, and ``STEP`` updates its weights; both are once per step.
     """
 
     F = "F"
@@ -24,24 +25,31 @@ class Kind(StrEnum):
     RECV_F = "RECV_F"
     SEND_B = "SEND_B"
     RECV_B = "RECV_B"
+    REDUCE = "REDUCE"
+    STEP = "STEP"
 
     # Enum's own hash is a Python function, and every pass over a schedule looks kinds up.
     __hash__ = str.__hash__
 
 
 COMPUTE = frozenset({Kind.F, Kind.B, Kind.I, Kind.W})
+UPDATE = frozenset({Kind.REDUCE, Kind.STEP})
+"""What a stage does once per step, whatever its microbatches; the microbatch of these actions is 0."""
 
-_PATTERN = re.compile(r"([A-Z]+(?:_[A-Z]+)?)(\d+)\.(\d+)")
+_PATTERN = re.compile(r"([A-Z]+(?:_[A-Z]+)?)(\d+)(?:\.(\d+))?")
 
 
 class Action(NamedTuple):
-    """One thing that a rank does: written ``F2.0`` for the forward of stage 2, microbatch 0."""
+    """One thing that a rank does: written ``F2.0`` for the forward of stage 2, microbatch 0, and ``STEP2``."""
 
     kind: Kind
     stage: int
     microbatch: int
 
     def __str__(self) -> str:
+        # An UPDATE of another microbatch does not exist, and the message that says so must show it.
+        if self.microbatch == 0 and self.kind in UPDATE:
+            return f"{self.kind}{self.stage}"
         return f"{self.kind}{self.stage}.{self.microbatch}"
 
     @classmethod
@@ -54,9 +62,11 @@ class Action(NamedTuple):
             If the text is not an action.
         """
         match = _PATTERN.fullmatch(text.strip())
-        if match is None or match[1] not in Kind.__members__:
-            raise UsageError(f"'{text}' is not an action: write kind, stage, microbatch, such as F2.0 or SEND_B1.3")
-        return cls(Kind(match[1]), int(match[2]), int(match[3]))
+        if match is None or match[1] not in Kind.__members__ or (match[3] is None) != (match[1] in UPDATE):
+            raise UsageError(
+                f"'{text}' is not an action: write kind, stage, microbatch, such as F2.0 or SEND_B1.3, or STEP2"
+            )
+        return cls(Kind(match[1]), int(match[2]), int(match[3] or 0))
 
 
 @dataclass(frozen=True)

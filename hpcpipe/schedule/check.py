@@ -14,8 +14,9 @@ def check(schedule: Schedule) -> None:
     The rules: every action stands on the rank of its stage and exists once; every stage runs every microbatch forward
     once, and backward once as B or as I and W (or, in a forward-only schedule, never); F stands before I or B, and I
     before W; weight gradients accumulate in ascending microbatch order; every message has one sender and one receiver,
-    is sent after it is computed and posted before it is needed; and the program runs to its end even if every send
-    blocks until its receive is posted.
+    is sent after it is computed and posted before it is needed; the program runs to its end even if every send
+    blocks until its receive is posted; and every stage that has a backward is reduced once, after its last weight
+    gradient, and updated once, after every other action of its rank.
 
     Parameters
     ----------
@@ -28,7 +29,7 @@ def check(schedule: Schedule) -> None:
         With the schedule's name, the rank, the position, the action and the rule.
     """
     positions = locate(schedule)
-    for rule in (_complete, _ordered, _ascending, _matched):
+    for rule in (_complete, _ordered, _ascending, _matched, _updated):
         rule(schedule, positions)
     replay(schedule, positions)
 
@@ -91,3 +92,27 @@ def _matched(schedule: Schedule, positions: Positions) -> None:
         if consumer is not None:
             rule = f"{kind}{{stage}}.{{k}} must be posted first"
             _require(schedule, ~exists | (of[kind] < consumer), consumer, rule)
+
+
+def _updated(schedule: Schedule, positions: Positions) -> None:
+    """Check the actions that end a step, which every stage has once and a forward-only schedule never."""
+    of, flat = positions.of, positions.flat
+    wanted = np.zeros(of[Kind.F].shape, np.bool_)
+    wanted[:, 0] = not schedule.is_forward_only
+    for kind in (Kind.REDUCE, Kind.STEP):
+        exists = positions.has(kind)
+        rule = f"a stage has one {kind} per step, and none if the schedule is forward-only"
+        _require(schedule, wanted | ~exists, of[kind], rule)
+        _require(schedule, exists | ~wanted, None, f"{kind}{{stage}} is missing")
+    if schedule.is_forward_only:
+        return
+    added = positions.weights_done().max(axis=1, keepdims=True)
+    rule = "every weight gradient of stage {stage} must come first"
+    _require(schedule, ~wanted | (of[Kind.REDUCE] > added), of[Kind.REDUCE], rule)
+    others = np.flatnonzero(~flat.is_any(Kind.STEP))
+    last = np.empty(schedule.num_ranks, np.int64)
+    # Of several values for one place the last is kept.
+    last[flat.rank[others]] = others - flat.offsets[flat.rank[others]]
+    before = last[np.array(schedule.stage_to_rank)][:, None]
+    rule = "the update waits for all ranks, so every other action of this rank must come first"
+    _require(schedule, ~wanted | (of[Kind.STEP] > before), of[Kind.STEP], rule)

@@ -19,13 +19,13 @@ import re
 from dataclasses import dataclass
 
 from hpcpipe.errors import UsageError
-from hpcpipe.schedule.action import COMPUTE, Action, Kind, Schedule
+from hpcpipe.schedule.action import COMPUTE, UPDATE, Action, Kind, Schedule
 from hpcpipe.schedule.check import check
-from hpcpipe.schedule.lower import lower
+from hpcpipe.schedule.lower import lower, with_updates
 
 _MARK = "# hpcpipe schedule 1"
 _KEYS = ("microbatches", "stage_to_rank")
-_OURS = re.compile(r"([A-Z]+(?:_[A-Z]+)?)(\d{1,9})\.(\d{1,9})")
+_OURS = re.compile(r"([A-Z]+(?:_[A-Z]+)?)(\d{1,9})(?:\.(\d{1,9}))?")
 _PYTORCH = re.compile(r"(\d{1,9})([A-Z]+(?:_[A-Z]+)?)(\d{1,9})")
 _OVERLAP = re.compile(r"\(([^()]*)\)OVERLAP_F_B")
 _PYTORCH_ONLY = re.compile(r"\d+(UNSHARD|RESHARD|REDUCE_GRAD)\d*")
@@ -113,7 +113,7 @@ def read_csv(text: str, name: str) -> Schedule:
 
 
 def build_from_csv(text: str, name: str) -> Schedule:
-    """Read a schedule, add its messages unless the file has them, and prove it; parameters as in `read_csv`.
+    """Read a schedule, add the messages and updates that the file lacks, and prove it; parameters as in `read_csv`.
 
     Returns
     -------
@@ -126,8 +126,11 @@ def build_from_csv(text: str, name: str) -> Schedule:
         If the file cannot be read, or the schedule breaks a rule of `check`.
     """
     schedule = read_csv(text, name)
-    if all(action.kind in COMPUTE for actions in schedule.actions for action in actions):
+    kinds = {action.kind for actions in schedule.actions for action in actions}
+    if kinds <= COMPUTE:
         schedule = lower(schedule)
+    elif not kinds & UPDATE:
+        schedule = with_updates(schedule)
     check(schedule)
     return schedule
 
@@ -163,6 +166,8 @@ def _parse(content: str, name: str, line: int, number: int) -> list[Action]:
             kind, stage, k = match.groups()
         elif match := _PYTORCH.fullmatch(word):
             stage, kind, k = match.groups()
+        if match is not None and kind in Kind.__members__ and (k is None) != (kind in UPDATE):
+            match = None
         if match is None or kind not in Kind.__members__:
             hint = _EXPECTED
             if _PYTORCH_ONLY.fullmatch(word):
@@ -170,7 +175,7 @@ def _parse(content: str, name: str, line: int, number: int) -> list[Action]:
             elif match is not None:
                 hint = f"there is no kind {kind}: choose from {', '.join(Kind)}"
             raise UsageError(f"schedule {name}, line {line}, cell {number}, '{word}': {hint}")
-        actions.append(Action(Kind(kind), int(stage), int(k)))
+        actions.append(Action(Kind(kind), int(stage), int(k or 0)))
     return actions
 
 

@@ -1,5 +1,6 @@
-"""Lowering: put the messages between the compute actions, in one pass that serves every schedule."""
+"""Lowering: put messages and updates between the compute actions, in one pass that serves every schedule."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, pairwise, repeat
 
@@ -13,12 +14,13 @@ _AHEAD = 1
 
 
 def lower(schedule: Schedule) -> Schedule:
-    """Add sends and receives to a schedule of compute actions.
+    """Add sends, receives and updates to a schedule of compute actions.
 
     A send follows the action that produces what it carries. A receive is posted at least one compute action before the
     one that needs it, so that a message can travel while its receiver computes, and no later than the action that the
     receiver runs when the message is sent, on a clock where every action takes one turn. On that clock each send finds
-    its receive posted, so the program cannot hang even if sends block, whatever the real times are.
+    its receive posted, so the program cannot hang even if sends block, whatever the real times are. Where updates go is
+    said in `with_updates`.
 
     Parameters
     ----------
@@ -28,7 +30,7 @@ def lower(schedule: Schedule) -> Schedule:
     Returns
     -------
     Schedule
-        The same compute actions in the same order, with messages between them.
+        The same compute actions in the same order, with messages and updates between them.
     """
     flat = flatten(schedule.actions)
     needs = needs_of(schedule, flat)
@@ -53,11 +55,50 @@ def lower(schedule: Schedule) -> Schedule:
     merged = [merged[index] for index in order.tolist()]
     bounds = np.searchsorted(place[order], flat.offsets).tolist()
     lists = tuple(tuple(merged[start:stop]) for start, stop in pairwise(bounds))
-    return replace(schedule, actions=lists)
+    return with_updates(replace(schedule, actions=lists))
+
+
+def with_updates(schedule: Schedule) -> Schedule:
+    """Add what ends a step: ``REDUCE`` and ``STEP`` of every stage; a forward-only schedule stays as it is.
+
+    A stage's ``REDUCE`` follows its last weight gradient, so that the sum over replicas travels while the rank goes on
+    with other stages; if that action also makes a message, another rank waits for it, and it is sent first. A rank's
+    ``STEP``s stand at the end of its list, because the gradient norm needs all stages.
+
+    Parameters
+    ----------
+    schedule : Schedule
+        With messages, without updates.
+    """
+    lists = []
+    for rank, actions in enumerate(schedule.actions):
+        held = schedule.stages_of(rank)
+        last = _last_weight_gradients(actions, set(held))
+        listed = list(actions)
+        for at, stage in sorted(((at, stage) for stage, at in last.items()), reverse=True):
+            follows = at + 1
+            if follows < len(actions) and actions[follows] == (Kind.SEND_B, stage, actions[at].microbatch):
+                follows += 1
+            listed.insert(follows, Action(Kind.REDUCE, stage, 0))
+        listed += [Action(Kind.STEP, stage, 0) for stage in held if stage in last]
+        lists.append(tuple(listed))
+    return replace(schedule, actions=tuple(lists))
+
+
+def _last_weight_gradients(actions: Sequence[Action], stages: set[int]) -> dict[int, int]:
+    """Return where the last B or W of each stage stands; a stage that has none is left out."""
+    found: dict[int, int] = {}
+    for at in range(len(actions) - 1, -1, -1):
+        kind, stage, _ = actions[at]
+        if (kind is Kind.W or kind is Kind.B) and stage in stages and stage not in found:
+            found[stage] = at
+            if len(found) == len(stages):
+                break
+    return found
 
 
 def without_messages(schedule: Schedule) -> Schedule:
-    """Return the compute actions of a schedule, from which `lower` makes messages again."""
+    """Return the compute actions of a schedule, from which `lower` makes messages and updates again."""
     lists = tuple(tuple(action for action in actions if action.kind in COMPUTE) for actions in schedule.actions)
     return replace(schedule, actions=lists)
 

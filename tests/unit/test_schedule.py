@@ -2,11 +2,12 @@
 
 import itertools
 import random
+from collections import Counter
 
 import pytest
 
 from hpcpipe.errors import UsageError
-from hpcpipe.schedule.action import COMPUTE, Action, Kind, Schedule
+from hpcpipe.schedule.action import COMPUTE, UPDATE, Action, Kind, Schedule
 from hpcpipe.schedule.buffers import count_buffers, peak_stash
 from hpcpipe.schedule.build import GENERATORS, build
 from hpcpipe.schedule.check import check
@@ -117,7 +118,9 @@ def test_a_last_stage_that_is_a_quarter_slower(name, efficiency):
 
 def test_lowering_posts_receives_before_the_previous_send():
     text = " ".join(str(action) for action in build("1f1b", 2, 3).actions[0])
-    assert text == ("F0.0 SEND_F0.0 RECV_B0.0 F0.1 SEND_F0.1 B0.0 RECV_B0.1 F0.2 SEND_F0.2 RECV_B0.2 B0.1 B0.2")
+    assert text == (
+        "F0.0 SEND_F0.0 RECV_B0.0 F0.1 SEND_F0.1 B0.0 RECV_B0.1 F0.2 SEND_F0.2 RECV_B0.2 B0.1 B0.2 REDUCE0 STEP0"
+    )
 
 
 @pytest.mark.parametrize(("name", "p"), CASES)
@@ -171,9 +174,10 @@ def test_stream_counts():
 
 def test_actions_read_back():
     for kind, stage, k in itertools.product(Kind, (0, 12), (0, 305)):
-        action = Action(kind, stage, k)
+        action = Action(kind, stage, 0 if kind in UPDATE else k)
         assert Action.parse(str(action)) == action
-    for text in ("", "F", "F1", "X0.0", "F-1.0", "F0.0.0", "F 0.0"):
+    assert str(Action(Kind.STEP, 2, 0)) == "STEP2"
+    for text in ("", "F", "F1", "X0.0", "F-1.0", "F0.0.0", "F 0.0", "STEP", "STEP1.0", "REDUCE0.3"):
         with pytest.raises(UsageError, match="not an action"):
             Action.parse(text)
 
@@ -256,3 +260,17 @@ def test_swapping_a_forward_behind_its_backward_is_refused():
             actions[i], actions[j] = actions[j], actions[i]
             with pytest.raises(UsageError):
                 check(with_list(program, rank, actions))
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_every_stage_is_reduced_and_updated_once(name):
+    schedule = build(name, 4, 8)
+    for rank, actions in enumerate(schedule.actions):
+        held = [] if schedule.is_forward_only else schedule.stages_of(rank)
+        updates = [action for action in actions if action.kind in UPDATE]
+        assert actions[len(actions) - len(held) :] == tuple(Action(Kind.STEP, stage, 0) for stage in held)
+        assert Counter(updates) == Counter(Action(kind, stage, 0) for kind in UPDATE for stage in held)
+        for stage in held:
+            last = max(at for at, (kind, s, _) in enumerate(actions) if kind in (Kind.B, Kind.W) and s == stage)
+            after = actions[last + 1 : actions.index(Action(Kind.REDUCE, stage, 0))]
+            assert after in ((), (Action(Kind.SEND_B, stage, 7),))

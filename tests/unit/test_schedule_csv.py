@@ -55,15 +55,28 @@ def test_idle_cells_quotes_comments_and_byte_order_mark_are_nothing():
 
 
 def test_a_file_with_messages_is_not_lowered_again():
-    text = HEAD + "F0.0,SEND_F0.0,RECV_B0.0,B0.0\nRECV_F1.0,F1.0,B1.0,SEND_B1.0\n"
+    text = HEAD + "F0.0,SEND_F0.0,RECV_B0.0,B0.0,REDUCE0,STEP0\nRECV_F1.0,F1.0,B1.0,REDUCE1,SEND_B1.0,STEP1\n"
     program = build_from_csv(text, "own")
     assert write_csv(program) == text
-    assert [action.kind for action in program.actions[0]] == [Kind.F, Kind.SEND_F, Kind.RECV_B, Kind.B]
+    kinds = [Kind.F, Kind.SEND_F, Kind.RECV_B, Kind.B, Kind.REDUCE, Kind.STEP]
+    assert [action.kind for action in program.actions[0]] == kinds
     with pytest.raises(UsageError, match=r"RECV_F1\.0 is missing"):
         build_from_csv(text.replace("RECV_F1.0,", ""), "own")
     late = text.replace("SEND_F0.0,RECV_B0.0,B0.0", "RECV_B0.0,B0.0,SEND_F0.0")
     with pytest.raises(UsageError, match="deadlock"):
         build_from_csv(late, "own")
+    with pytest.raises(UsageError, match=r"rank 1, .*, STEP1: the update waits for all ranks"):
+        build_from_csv(text.replace("SEND_B1.0,STEP1", "STEP1,SEND_B1.0"), "own")
+    with pytest.raises(UsageError, match=r"rank 0, .*, REDUCE0: every weight gradient of stage 0 must come first"):
+        build_from_csv(text.replace("B0.0,REDUCE0", "REDUCE0,B0.0"), "own")
+    with pytest.raises(UsageError, match=r"rank 1, the end of its list: REDUCE1 is missing"):
+        build_from_csv(text.replace("REDUCE1,", ""), "own")
+
+
+def test_a_file_with_messages_but_without_updates_gets_them():
+    text = HEAD + "F0.0,SEND_F0.0,RECV_B0.0,B0.0\nRECV_F1.0,F1.0,B1.0,SEND_B1.0\n"
+    lists = write_csv(build_from_csv(text, "own")).splitlines()[3:]
+    assert lists == ["F0.0,SEND_F0.0,RECV_B0.0,B0.0,REDUCE0,STEP0", "RECV_F1.0,F1.0,B1.0,SEND_B1.0,REDUCE1,STEP1"]
 
 
 def test_a_declared_microbatch_that_is_missing_is_seen():
@@ -84,6 +97,9 @@ def test_a_declared_microbatch_that_is_missing_is_seen():
         ("0F0,0F\n", r"line 1, cell 2, '0F': expected an action such as F2\.0 or 2F0"),
         ("0F0,F0.0.1\n", r"cell 2, 'F0\.0\.1': expected an action"),
         ("0F0;0B0\n", r"cell 1, '0F0;0B0': expected an action"),
+        ("F0.0,F0\n", r"cell 2, 'F0': expected an action"),
+        ("F0.0,STEP0.0\n", r"cell 2, 'STEP0\.0': expected an action"),
+        ("0F0,0STEP0\n", r"cell 2, '0STEP0': expected an action"),
         ("(0F0;0Y0)OVERLAP_F_B\n", r"cell 1, '0Y0': there is no kind Y"),
         ("0UNSHARD,0F0,0B0\n", r"cell 1, '0UNSHARD': .* export its compute-only schedule"),
         ("0F0,0B0\n0F0,1B0\n", r"line 2, cell 1, F0\.0: stage 0 cannot be on rank 1: F0\.0 in line 1, cell 1, puts it"),

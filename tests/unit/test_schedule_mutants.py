@@ -51,6 +51,8 @@ def is_sound(mutant, original):
             Kind.SEND_B: [Action(B, s, k), Action(I, s, k), Action(Kind.RECV_B, s - 1, k)],
             Kind.RECV_F: [],
             Kind.RECV_B: [],
+            Kind.REDUCE: [Action(kind, s, j) for kind in (B, W) for j in range(mutant.num_microbatches)],
+            Kind.STEP: [action for action in mutant.actions[mutant.stage_to_rank[s]] if action.kind is not Kind.STEP],
         }
         of_gradient = [
             Action(Kind.RECV_B, s, k),
@@ -192,23 +194,27 @@ def test_another_placement_or_number_of_microbatches_is_refused(name):
 def test_the_judge_of_mutants_can_tell():
     program = build("1f1b", 2, 2)
     assert [str(action) for action in program.actions[1]] == [
-        *("RECV_F1.0", "RECV_F1.1", "F1.0", "B1.0", "SEND_B1.0", "F1.1", "B1.1", "SEND_B1.1")
+        *("RECV_F1.0", "RECV_F1.1", "F1.0", "B1.0", "SEND_B1.0", "F1.1", "B1.1", "SEND_B1.1", "REDUCE1", "STEP1")
     ]
 
     def judged(*order):
         actions = tuple(program.actions[1][at] for at in order)
         return is_sound(with_lists(program, [program.actions[0], actions]), program)
 
-    assert judged(0, 1, 2, 3, 4, 5, 6, 7)
-    assert judged(1, 0, 2, 3, 4, 5, 6, 7), "receives may be posted in another order"
-    assert judged(0, 1, 2, 5, 3, 4, 6, 7), "the second forward may come before the first backward"
-    assert not judged(0, 1, 3, 2, 4, 5, 6, 7), "a backward before its forward"
-    assert not judged(0, 2, 3, 4, 5, 1, 6, 7), "a receive after the forward that needs it"
-    assert not judged(0, 1, 2, 5, 6, 7, 3, 4), "weight gradients that descend"
+    assert judged(0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
+    assert judged(1, 0, 2, 3, 4, 5, 6, 7, 8, 9), "receives may be posted in another order"
+    assert judged(0, 1, 2, 5, 3, 4, 6, 7, 8, 9), "the second forward may come before the first backward"
+    assert not judged(0, 1, 3, 2, 4, 5, 6, 7, 8, 9), "a backward before its forward"
+    assert not judged(0, 2, 3, 4, 5, 1, 6, 7, 8, 9), "a receive after the forward that needs it"
+    assert not judged(0, 1, 2, 5, 6, 7, 3, 4, 8, 9), "weight gradients that descend"
+    assert judged(0, 1, 2, 3, 4, 5, 6, 8, 7, 9), "a reduction before the last message"
+    assert not judged(0, 1, 2, 3, 4, 5, 8, 6, 7, 9), "a reduction before the last weight gradient"
+    assert not judged(0, 1, 2, 3, 4, 5, 6, 8, 9, 7), "an update while another rank waits for a message"
+    assert not judged(0, 1, 2, 3, 4, 5, 6, 7, 9, 8), "an update before the reduction"
 
     words = (
-        "F0.0 SEND_F0.0 F0.1 SEND_F0.1 RECV_B0.0 B0.0 RECV_B0.1 B0.1",
-        "RECV_F1.0 F1.0 B1.0 SEND_B1.0 RECV_F1.1 F1.1 B1.1 SEND_B1.1",
+        "F0.0 SEND_F0.0 F0.1 SEND_F0.1 RECV_B0.0 B0.0 RECV_B0.1 B0.1 REDUCE0 STEP0",
+        "RECV_F1.0 F1.0 B1.0 SEND_B1.0 RECV_F1.1 F1.1 B1.1 SEND_B1.1 REDUCE1 STEP1",
     )
     lists = [[Action.parse(word) for word in line.split()] for line in words]
     assert not is_sound(with_lists(program, lists), program), "two sends that wait for each other's receives"
