@@ -1,6 +1,7 @@
 """What this machine computes with: cores, CPU features and memory, read from Linux."""
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,13 +57,15 @@ def num_cores(root: Path = Path("/")) -> int:
     return max(1, min(allowed, -int(-quota // 1)))
 
 
-def num_physical_cores(root: Path = Path("/")) -> int:
+def num_physical_cores(root: Path = Path("/"), processors: Collection[int] | None = None) -> int:
     """Count the cores behind the processors that this process may use.
 
     Parameters
     ----------
     root : Path
         As in `num_cores`.
+    processors : collection of int, optional
+        Count these instead of this process's own, such as those of all ranks of a node, each bound to its core.
 
     Returns
     -------
@@ -70,10 +73,11 @@ def num_physical_cores(root: Path = Path("/")) -> int:
         Hardware threads of one core count once, as `mpirun` counts its slots; `num_cores` is an upper bound.
     """
     siblings = set()
-    for cpu in sorted(os.sched_getaffinity(0)):
+    for cpu in sorted(os.sched_getaffinity(0) if processors is None else processors):
         topology = root / "sys/devices/system/cpu" / f"cpu{cpu}" / "topology/thread_siblings_list"
         siblings.add(_read(topology) or str(cpu))
-    return min(len(siblings), num_cores(root))
+    quota = cpu_quota(root)
+    return len(siblings) if quota is None else max(1, min(len(siblings), -int(-quota // 1)))
 
 
 def is_restricted(root: Path = Path("/")) -> bool:

@@ -21,9 +21,9 @@ def degrees_fill_the_ranks(config: Config, world_size: int) -> str | None:
 
 
 def layers_fill_the_stages(config: Config, num_stages: int) -> str | None:
-    """Check that each stage can have a block."""
+    """Check that each stage can have a block, the last one at least the head."""
     layers, pipeline, data = config.model.layers, config.parallel.pipeline, config.parallel.data
-    if layers >= num_stages:
+    if layers + 1 >= num_stages:
         return None
     chunks = num_stages // pipeline
     if chunks == 1:
@@ -32,8 +32,8 @@ def layers_fill_the_stages(config: Config, num_stages: int) -> str | None:
         counted = f"{num_stages} stages (parallel.pipeline = {pipeline}, {chunks} on each rank)"
     fewer = f", start with `-n {layers // chunks * data}` or fewer ranks" if layers >= chunks else ""
     return (
-        f"model.layers = {layers} is fewer than {counted}, and each stage needs at least one layer: set model.layers ="
-        f" {num_stages} or more{fewer}{_or_degrees(config, pipeline * data, chunks)}"
+        f"model.layers = {layers} is too few for {counted}, each of which needs a layer, the last one at least the"
+        f" head: set model.layers = {num_stages - 1} or more{fewer}{_or_degrees(config, pipeline * data, chunks)}"
     )
 
 
@@ -49,8 +49,9 @@ def partition_covers_the_layers(config: Config, num_stages: int) -> str | None:
     shown = f"parallel.partition = {list(partition)}"
     if len(partition) != num_stages:
         return f"{shown} has {len(partition)} entries for {num_stages} stages: {cure}"
-    if min(partition) < 1:
-        return f"{shown} leaves stage {partition.index(min(partition))} without a layer: {cure}"
+    empty = [stage for stage, count in enumerate(partition) if count < 1 and (stage == 0 or stage + 1 < num_stages)]
+    if empty:
+        return f"{shown} leaves stage {empty[0]} without a layer, and only the last may do with the head alone: {cure}"
     if sum(partition) != layers:
         return f"{shown} adds up to {sum(partition)} layers, and model.layers = {layers}: {cure}"
     return None

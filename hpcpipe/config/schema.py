@@ -47,11 +47,14 @@ class ParallelConfig:
 
     pipeline: int = key(0, "pipeline stages; 0: number of ranks / data")
     data: int = key(1, "replicas of the pipeline")
-    schedule: str = key("1f1b", "order of the actions: a name that `hpcpipe schedule show` draws, or a .csv file")
+    schedule: str = key(
+        "1f1b",
+        "order of the actions: a name that `hpcpipe schedule show` draws, a .csv file, or auto: by simulation",
+    )
     chunks: int = key(0, "stages per rank; 0: what the schedule is defined for, or 2 where it may be any number")
     microbatches: int = key(8, "microbatches per step over all replicas, a multiple of data")
     microbatch_size: int = key(4, "samples per microbatch")
-    partition: str | tuple[int, ...] = key("auto", "auto, or a list with the number of layers of each stage")
+    partition: str | tuple[int, ...] = key("auto", "layers of each stage; auto: cut by measured costs")
     threads: int = key(1, "threads per rank; this version computes with one")
     lanes: int = key(0, "partial gradient sums per step, see docs/numerics.md; 0: chosen from microbatches")
     timeout_s: float = key(600.0, "seconds a rank waits for another before it gives up")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import mpi4py
 
 from hpcpipe.cluster.environment import die_with_parent
+from hpcpipe.cluster.processor import num_physical_cores
 from hpcpipe.errors import ExitCode, UsageError
 
 mpi4py.rc.initialize = False
@@ -35,6 +36,8 @@ class World:
         This rank and the number of ranks.
     local_rank, num_local_ranks : int
         This rank among those of its node, and how many they are.
+    num_local_cores : int
+        Cores that the ranks of this node may use together.
     """
 
     comm: MPI.Intracomm
@@ -42,6 +45,12 @@ class World:
     size: int
     local_rank: int
     num_local_ranks: int
+    num_local_cores: int
+
+    @property
+    def owns_core(self) -> bool:
+        """Whether there is a core for every rank of this node."""
+        return self.num_local_ranks <= self.num_local_cores
 
 
 def _every_rank() -> MPI.Intracomm:
@@ -64,8 +73,9 @@ def start() -> World:
     comm = _every_rank().Dup()
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
     local_rank, num_local_ranks = node.rank, node.size
+    processors = set().union(*node.allgather(os.sched_getaffinity(0)))
     node.Free()
-    return World(comm, comm.rank, comm.size, local_rank, num_local_ranks)
+    return World(comm, comm.rank, comm.size, local_rank, num_local_ranks, num_physical_cores(processors=processors))
 
 
 def stop(world: World) -> None:

@@ -8,7 +8,8 @@ from mpi4py import MPI
 
 from hpcpipe.errors import RankError
 
-_YIELDS = 200
+_YIELD_S = 0.2e-3
+_YIELD_ON_OWN_CORE_S = 0.1
 _SHORTEST_SLEEP_S = 20e-6
 _LONGEST_SLEEP_S = 1e-3
 
@@ -17,12 +18,15 @@ class Waiter:
     """Waits for requests without blocking in MPI.
 
     More ranks than cores is normal on a laptop, so a waiting rank first gives its core to the others and then sleeps
-    in growing naps. Python signal handlers run between two tests.
+    in growing naps. Where every rank has a core of its own a nap would only make the message late, so that it tests
+    for much longer before it sleeps. Python signal handlers run between two tests.
 
     Parameters
     ----------
     timeout_s : float
         Seconds after which the peer is taken for lost.
+    owns_core : bool
+        Whether no other rank needs this rank's core while it waits.
 
     Attributes
     ----------
@@ -30,8 +34,9 @@ class Waiter:
         Seconds spent waiting so far; the owner resets it.
     """
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, owns_core: bool = False) -> None:
         self.timeout_s = timeout_s
+        self._yield_s = _YIELD_ON_OWN_CORE_S if owns_core else _YIELD_S
         self.waited_s = 0.0
 
     def wait(self, requests: Sequence[MPI.Request], what: Callable[[], str]) -> None:
@@ -53,10 +58,9 @@ class Waiter:
         if MPI.Request.Testall(pending):
             return
         start = time.perf_counter()
-        num_tests, nap_s = 0, _SHORTEST_SLEEP_S
+        stop_yielding, nap_s = start + self._yield_s, _SHORTEST_SLEEP_S
         while not MPI.Request.Testall(pending):
-            num_tests += 1
-            if num_tests < _YIELDS:
+            if time.perf_counter() < stop_yielding:
                 os.sched_yield()
                 continue
             time.sleep(nap_s)

@@ -11,6 +11,7 @@ from hpcpipe.schedule.action import Kind, Schedule
 from hpcpipe.schedule.buffers import peak_stash
 from hpcpipe.schedule.clock import needs_of, run
 from hpcpipe.schedule.flat import KINDS, Table, Times, flatten
+from hpcpipe.schedule.shared_cores import run_on_shared_cores
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,15 @@ class Costs:
         One number per stage.
     message : float
         From the end of the sender's action until the receiver may start.
+    backward : sequence of float, optional
+        What a whole backward takes, where that is not the sum of its halves: recomputed activations serve both.
     """
 
     forward: Sequence[float]
     backward_input: Sequence[float]
     backward_weight: Sequence[float]
     message: float = 0.0
+    backward: Sequence[float] | None = None
 
     @classmethod
     def uniform(
@@ -40,8 +44,22 @@ class Costs:
         message: float = 0.0,
     ) -> "Costs":
         """Return costs of one microbatch through all layers of one rank, shared out evenly over its stages."""
-        share = schedule.num_ranks / schedule.num_stages
-        stages = range(schedule.num_stages)
+        times = forward, backward_input, backward_weight
+        return cls.even(schedule.num_ranks, schedule.num_stages, *times, message)
+
+    @classmethod
+    def even(
+        cls,
+        num_ranks: int,
+        num_stages: int,
+        forward: float = 1.0,
+        backward_input: float = 1.0,
+        backward_weight: float = 1.0,
+        message: float = 0.0,
+    ) -> "Costs":
+        """Return what `uniform` does, for a schedule that is yet to be made."""
+        share = num_ranks / num_stages
+        stages = range(num_stages)
         return cls(
             [forward * share for _ in stages],
             [backward_input * share for _ in stages],
@@ -95,7 +113,7 @@ class Timeline:
         ]
 
 
-def simulate(schedule: Schedule, costs: Costs) -> Timeline:
+def simulate(schedule: Schedule, costs: Costs, cores: float | None = None) -> Timeline:
     """Run a schedule's compute actions in order, each as early as its rank and its input allow.
 
     Messages are sent without blocking, so a schedule that passes `check` runs to its end.
@@ -106,6 +124,8 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
         Lowered or not; only compute actions and where messages cross ranks matter.
     costs : Costs
         One number per stage and kind.
+    cores : float, optional
+        Cores that all ranks share, where that is fewer than one each.
 
     Raises
     ------
@@ -119,7 +139,11 @@ def simulate(schedule: Schedule, costs: Costs) -> Timeline:
     durations = _table(schedule, costs)[flat.kind, flat.stage]
     delays = np.where(crosses, costs.message, 0.0)
     offsets = flat.offsets.tolist()
-    timed = run(offsets, needs.tolist(), durations.tolist(), delays.tolist())
+    lists = offsets, needs.tolist(), durations.tolist(), delays.tolist()
+    if cores is None or cores >= schedule.num_ranks:
+        timed = run(*lists)
+    else:
+        timed = run_on_shared_cores(*lists, cores)
     starts, ends = (np.array(times, np.float64) for times in timed)
     if np.isnan(ends).any():
         rank = int(flat.rank[np.argmax(np.isnan(ends))])
@@ -147,7 +171,8 @@ def _table(schedule: Schedule, costs: Costs) -> Times:
     table = np.zeros((len(KINDS), schedule.num_stages))
     for kind, row in taken.items():
         table[KINDS.index(kind)] = row
-    table[KINDS.index(Kind.B)] = np.add(costs.backward_input, costs.backward_weight)
+    whole = costs.backward
+    table[KINDS.index(Kind.B)] = np.add(costs.backward_input, costs.backward_weight) if whole is None else whole
     return table
 
 

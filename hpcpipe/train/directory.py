@@ -23,6 +23,16 @@ class RunDirectory:
         return self.path / "config.toml"
 
     @property
+    def prediction(self) -> Path:
+        """What a step was predicted to take, before the first one."""
+        return self.path / "prediction.json"
+
+    @property
+    def schedule(self) -> Path:
+        """The schedule that runs, as `hpcpipe schedule` reads it."""
+        return self.path / "schedule.csv"
+
+    @property
     def metrics(self) -> Path:
         """One object per step."""
         return self.path / "metrics.jsonl"

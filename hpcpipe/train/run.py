@@ -23,11 +23,11 @@ from hpcpipe.mpi.collectives import barrier, broadcast_bytes
 from hpcpipe.mpi.grid import make_grid
 from hpcpipe.mpi.runtime import World
 from hpcpipe.mpi.wait import Waiter
-from hpcpipe.schedule.simulate import Costs, simulate
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.files import write_whole
 from hpcpipe.train.batches import TrainingBatches
+from hpcpipe.train.choose import Candidate
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.evaluate import Evaluator
 from hpcpipe.train.finish import show_compression, show_sample
@@ -36,6 +36,7 @@ from hpcpipe.train.leave import leaving_together
 from hpcpipe.train.lock import RunLock
 from hpcpipe.train.loop import Loop
 from hpcpipe.train.peak import measure_peak_flops
+from hpcpipe.train.plan import describe_plan, make_plan
 from hpcpipe.train.resume import identity_of, resume_state
 from hpcpipe.train.session import Session, build_schedule
 from hpcpipe.train.state import State, build_state
@@ -78,7 +79,7 @@ def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
 
 def _train(world: World, config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
     stop = StopRequest()
-    waiter = Waiter(_SETUP_TIMEOUT_S)
+    waiter = Waiter(_SETUP_TIMEOUT_S, owns_core=world.owns_core)
     with together(world.comm, waiter):
         config = resolve(load(config_path, overrides), world.size)
         schedule = build_schedule(config)
@@ -93,7 +94,8 @@ def _train(world: World, config_path: Path, overrides: Sequence[str], resume: st
         grid = make_grid(world.comm, config.parallel.pipeline, config.parallel.data)
         console = Console(config.telemetry.console if world.rank == 0 else "quiet")
         events = EventLog(directory.events if world.rank == 0 else None)
-        session = Session(config, schedule, directory, grid, world.num_local_ranks, waiter, mode, console, events)
+        local = world.num_local_ranks, world.num_local_cores
+        session = Session(config, schedule, directory, grid, *local, waiter, mode, console, events)
         session.status(0, None)
         events.add("started", hpcpipe=hpcpipe.__version__, ranks=world.size, pid=os.getpid(), resume=resume)
         _compile(session, world)
@@ -139,10 +141,13 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
         training, validation = tokens.split(config.data.validation_fraction)
         samples = Samples(training, config.model.context, config.run.seed)
         held_out = HeldOut(validation, config.model.context, config.data.validation_samples)
+    plan = make_plan(session)
+    config = session.config
+    with together(grid.comm, waiter):
         needed = predict_bytes(config, session.schedule, grid.stage_rank)
         require_memory(needed, session.num_local_ranks, memory().available_bytes)
     state = build_state(config, session.schedule.stage_to_rank, grid.stage_rank)
-    _introduce(session, state, tokens, needed)
+    _introduce(session, state, tokens, plan, needed)
     resume_state(session, state, resume, tokens)
     session.status(state.step, None)
     if state.step >= config.train.steps:
@@ -200,17 +205,16 @@ def _prepare(session: Session) -> Path:
     return path
 
 
-def _introduce(session: Session, state: State, tokens: TokenFile, needed_bytes: int) -> None:
+def _introduce(session: Session, state: State, tokens: TokenFile, plan: Candidate, needed_bytes: int) -> None:
     """Say what is about to run."""
     config, grid, say = session.config, session.grid, session.console.say
     model, parallel = config.model, config.parallel
     say(f"hpcpipe {hpcpipe.__version__}: {grid.comm.size} ranks = pipeline of {grid.pipeline} x {grid.data} replicas")
-    timeline = simulate(session.schedule, Costs.uniform(session.schedule))
     say(
         f"schedule: {parallel.schedule}, {parallel.chunks} stage(s) per rank, {parallel.microbatches} microbatches of"
-        f" {parallel.microbatch_size} samples; bubble {timeline.bubble / timeline.makespan:.0%} if all stages take the"
-        " same time"
+        f" {parallel.microbatch_size} samples"
     )
+    say(describe_plan(plan))
     say(
         f"model: {model.kind}, {model.layers} layers, width {model.width}, {model.heads} heads,"
         f" context {model.context}, {count_parameters(state.model):,} parameters"

@@ -15,6 +15,7 @@ from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.metrics import MetricsLog
 from hpcpipe.telemetry.status import write_status
+from hpcpipe.train.choose import AUTO, PLAIN
 from hpcpipe.train.directory import RunDirectory
 
 
@@ -32,8 +33,8 @@ class Session:
         Where the run keeps its files; only rank 0 writes the small ones.
     grid : Grid
         This rank's place.
-    num_local_ranks : int
-        Ranks of the run on this node.
+    num_local_ranks, num_local_cores : int
+        Ranks of the run on this node, and the cores that they may use.
     waiter : Waiter
         Waits, with its deadline.
     mode : MessageMode
@@ -49,6 +50,7 @@ class Session:
     directory: RunDirectory
     grid: Grid
     num_local_ranks: int
+    num_local_cores: int
     waiter: Waiter
     mode: MessageMode
     console: Console
@@ -73,6 +75,8 @@ class Session:
 def build_schedule(config: Config) -> Schedule:
     """Return the proven schedule of a resolved configuration: by its name, or from a CSV file.
 
+    For ``auto`` it is 1F1B, until costs are known and `hpcpipe.train.plan` chooses.
+
     Raises
     ------
     UsageError
@@ -80,6 +84,8 @@ def build_schedule(config: Config) -> Schedule:
     """
     parallel = config.parallel
     num_microbatches = parallel.microbatches // parallel.data
+    if parallel.schedule == AUTO:
+        return build(PLAIN, parallel.pipeline, num_microbatches)
     if not parallel.schedule.endswith(".csv"):
         return build(parallel.schedule, parallel.pipeline, num_microbatches, parallel.chunks)
     path = Path(parallel.schedule)

@@ -61,7 +61,7 @@ def test_a_resolved_configuration_resolves_to_itself(steps):
         (
             4,
             {"model": {"layers": 2}},
-            ["model.layers = 2 is fewer than parallel.pipeline = 4 stages", "set parallel.pipeline = 2"],
+            ["model.layers = 2 is too few for parallel.pipeline = 4 stages", "set parallel.pipeline = 2"],
         ),
         (
             6,
@@ -75,7 +75,8 @@ def test_a_resolved_configuration_resolves_to_itself(steps):
         ),
         (2, {"parallel": {"partition": (1, 1, 2)}}, ["[1, 1, 2] has 3 entries for 2 stages", "[2, 2]"]),
         (2, {"parallel": {"partition": (1, 2)}}, ["adds up to 3 layers, and model.layers = 4"]),
-        (2, {"parallel": {"partition": (4, 0)}}, ["[4, 0] leaves stage 1 without a layer"]),
+        (2, {"parallel": {"partition": (0, 4)}}, ["[0, 4] leaves stage 0 without a layer", "only the last"]),
+        (3, {"parallel": {"partition": (4, 0, 0)}}, ["[4, 0, 0] leaves stage 1 without a layer"]),
         (2, {"parallel": {"partition": "even"}}, ['parallel.partition = "even"', '"auto"']),
         (3, {"model": {"layers": 7}, "parallel": {"partition": (7,)}}, ["for example to [3, 2, 2]"]),
         (
@@ -115,10 +116,16 @@ def test_refusals_name_keys_numbers_and_cure(world_size, sections, words):
         assert word in message
 
 
+def test_the_head_may_be_a_stage_of_its_own():
+    resolved = resolve(config(model={"layers": 3}, parallel={"partition": (1, 2, 0)}), 3)
+    assert check_stages(resolved, 3).parallel.partition == (1, 2, 0)
+    assert check_stages(resolve(config(model={"layers": 3}), 4), 4).parallel.pipeline == 4
+
+
 def test_chunks_are_filled_in_and_need_layers():
     resolved = resolve(config(model={"layers": 7}), 3)
     assert check_stages(resolved, 6).parallel.chunks == 2
-    with pytest.raises(UsageError, match=r"fewer than 9 stages \(parallel.pipeline = 3, 3 on each rank\).*-n 2"):
+    with pytest.raises(UsageError, match=r"too few for 9 stages \(parallel.pipeline = 3, 3 on each rank\).*-n 2"):
         check_stages(resolved, 9)
 
 

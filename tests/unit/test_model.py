@@ -9,7 +9,7 @@ from hpcpipe.config.schema import ModelConfig
 from hpcpipe.model.gpt2 import build_layers, count_parameters
 from hpcpipe.model.initial import fill_initial
 from hpcpipe.model.layer import Microbatch
-from hpcpipe.model.partition import balance, partition
+from hpcpipe.model.partition import balance, balance_blocks, partition
 from hpcpipe.pipeline.parameters import Parameters
 from hpcpipe.pipeline.stage import Stage
 
@@ -167,16 +167,19 @@ def test_initial_values_depend_on_seed_and_name_only():
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 7, 12])
 def test_partition_places_every_layer_once(num_blocks):
     layers = build_layers(ModelConfig(layers=num_blocks, width=12, heads=3, context=7, vocab=11))
-    for num_stages in range(1, num_blocks + 1):
+    for num_stages in range(1, num_blocks + 2):
         ranges = partition(layers, num_stages)
         assert [index for part in ranges for index in part] == list(range(num_blocks + 2))
-        assert all(any(0 < index <= num_blocks for index in part) for part in ranges)
+        # The head is small here, so that it is alone only where there is no block for it.
+        blocks = [sum(0 < index <= num_blocks for index in part) for part in ranges]
+        assert min(blocks[:-1], default=1) >= 1 and blocks[-1] >= (num_stages <= num_blocks)
 
 
 def test_partition_by_hand():
     layers = build_layers(ModelConfig(layers=5, width=12, heads=3, context=7, vocab=11))
     assert partition(layers, 2, [1, 4]) == [range(2), range(2, 7)]
     assert partition(layers, 3, [2, 2, 1]) == [range(3), range(3, 5), range(5, 7)]
+    assert partition(layers, 3, [2, 3, 0]) == [range(3), range(3, 6), range(6, 7)]
 
 
 def test_balance_is_exact():
@@ -200,3 +203,9 @@ def test_a_heavy_head_gets_fewer_blocks():
     layers = build_layers(ModelConfig(layers=12, width=768, heads=12, context=1024, vocab=50257))
     sizes = [len(part) for part in partition(layers, 4)]
     assert sizes[0] > sizes[-1]
+    assert balance_blocks([0.1, *[1.0] * 12, 5.4], 4) == [4, 4, 4, 0]
+
+
+def test_an_even_cut_wins_among_those_with_the_same_largest_part():
+    assert balance([1, 1, 1, 1, 1, 0.1], 4) == [2, 1, 1, 2]
+    assert balance([1] * 10, 4) == [3, 3, 2, 2]

@@ -1,0 +1,118 @@
+"""The plan of a run: costs, partition, schedule and what a step should take, decided before anything is allocated."""
+
+import json
+from typing import Any
+
+from hpcpipe.cluster.processor import memory
+from hpcpipe.config.dump import to_toml
+from hpcpipe.mpi.agree import together
+from hpcpipe.schedule.csv_file import write_csv
+from hpcpipe.telemetry.files import write_whole
+from hpcpipe.train.choose import AUTO, Candidate, Choice, choose_schedule, plan_schedule
+from hpcpipe.train.costs import MeasuredCosts, obtain_costs
+from hpcpipe.train.predict import cores_of_pipeline
+from hpcpipe.train.session import Session
+
+_VERSION = 1
+_SHOWN = 6
+
+
+def make_plan(session: Session) -> Candidate:
+    """Decide what is left open: the partition, and the schedule where it is ``auto``; write down the prediction.
+
+    Parameters
+    ----------
+    session : Session
+        All ranks take part. Its configuration and schedule are replaced by the decided ones; rank 0 writes
+        ``config.toml``, ``prediction.json`` and ``schedule.csv``.
+
+    Returns
+    -------
+    Candidate
+        The same on every rank.
+
+    Raises
+    ------
+    UsageError
+        On every rank, if ``auto`` finds no schedule that can run.
+    DiskError
+        On every rank, if the files could not be written.
+    """
+    config, grid, waiter = session.config, session.grid, session.waiter
+    measured = obtain_costs(config, grid, waiter, session.num_local_ranks)
+    cores = cores_of_pipeline(config, session.num_local_ranks, session.num_local_cores)
+    plan, choice = None, None
+    with together(grid.comm, waiter):
+        if config.parallel.schedule == AUTO:
+            limit_bytes = memory().available_bytes / session.num_local_ranks
+            choice = choose_schedule(config, measured, cores, limit_bytes)
+            plan = choice.chosen
+        else:
+            plan = plan_schedule(config, session.schedule, measured, cores)
+    assert plan is not None
+    session.config, session.schedule = plan.config, plan.schedule
+    with together(grid.comm, waiter):
+        if session.is_root:
+            _write(session, plan, choice, measured, cores)
+    if choice is not None:
+        session.console.say(explain(choice))
+    return plan
+
+
+def describe_plan(plan: Candidate) -> str:
+    """Say where the model is cut, and what a step should take."""
+    prediction = plan.prediction
+    bubble = prediction.timeline.bubble / prediction.timeline.makespan
+    blocks = ", ".join(map(str, plan.config.parallel.partition))
+    return f"predicted: {prediction.step_s:.3g} s per step, bubble {bubble:.1%}; blocks per stage: {blocks}"
+
+
+def explain(choice: Choice) -> str:
+    """Say what was chosen, beside what else there was."""
+    lines = ["schedule auto: simulated with measured costs, seconds per step, bubble, memory per rank"]
+    lines += [
+        f"  {'>' if candidate is choice.chosen else ' '} {candidate.label:<26}{candidate.prediction.step_s:>9.4g}"
+        f"{candidate.prediction.timeline.bubble / candidate.prediction.timeline.makespan:>8.1%}"
+        f"{candidate.memory_bytes / 2**20:>9,.0f} MiB"
+        for candidate in _shown(choice)
+    ]
+    return "\n".join(lines)
+
+
+def _shown(choice: Choice) -> list[Candidate]:
+    """Return the fastest candidates, and the chosen one among them."""
+    shown = list(choice.ranking[:_SHOWN])
+    return shown if choice.chosen in shown else [*shown[:-1], choice.chosen]
+
+
+def _write(
+    session: Session, plan: Candidate, choice: Choice | None, measured: MeasuredCosts, cores: float | None
+) -> None:
+    document = {
+        "version": _VERSION,
+        **_facts(plan),
+        "cores": cores,
+        "costs": measured.to_dict(),
+        "costs_from_cache": measured.from_cache,
+        "candidates": [_facts(candidate) for candidate in choice.ranking] if choice else [],
+        "refused": choice.refused if choice else {},
+    }
+    directory = session.directory
+    write_whole(directory.prediction, json.dumps(document, indent=2) + "\n")
+    write_whole(directory.schedule, write_csv(plan.schedule))
+    write_whole(directory.config, to_toml(plan.config))
+
+
+def _facts(candidate: Candidate) -> dict[str, Any]:
+    parallel, prediction = candidate.config.parallel, candidate.prediction
+    return {
+        "schedule": parallel.schedule,
+        "chunks": parallel.chunks,
+        "partition": list(parallel.partition),
+        "step_s": prediction.step_s,
+        "pipeline_s": prediction.pipeline_s,
+        "update_s": prediction.update_s,
+        "bubble": prediction.timeline.bubble / prediction.timeline.makespan,
+        "peak_stash": prediction.timeline.peak_stash,
+        "memory_bytes": candidate.memory_bytes,
+    }

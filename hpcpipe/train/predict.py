@@ -1,0 +1,92 @@
+"""What a step will take, by running its schedule against measured costs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hpcpipe.config.schema import Config
+from hpcpipe.schedule.action import Schedule
+from hpcpipe.schedule.simulate import Costs, Timeline, simulate
+from hpcpipe.train.costs import MeasuredCosts
+from hpcpipe.train.profile import LayerCosts
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A simulated step, in seconds.
+
+    Attributes
+    ----------
+    step_s : float
+        The whole step: pipeline and update.
+    pipeline_s, update_s : float
+        From the first forward to the last backward, and what the optimizer takes behind it.
+    timeline : Timeline
+        Of the pipeline.
+    """
+
+    step_s: float
+    pipeline_s: float
+    update_s: float
+    timeline: Timeline
+
+
+def predict(
+    schedule: Schedule, blocks_per_stage: Sequence[int], measured: MeasuredCosts, data: int, cores: float | None
+) -> Prediction:
+    """Predict the step of a pipeline.
+
+    Parameters
+    ----------
+    schedule : Schedule
+        What the ranks do.
+    blocks_per_stage : sequence of int
+        The partition.
+    measured : MeasuredCosts
+        Of layers and messages.
+    data : int
+        Replicas, over which the optimizer's work is shared.
+    cores : float or None
+        Cores that the ranks of the pipeline share; None if each has its own.
+    """
+    layers = layers_of_stages(blocks_per_stage, measured)
+    timeline = simulate(schedule, costs_of(layers, measured.message_s), cores)
+    updates = [sum(cost.update for cost in stage) / data for stage in layers]
+    ranks = [sum(updates[stage] for stage in schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
+    # All ranks update at the same time, and the step ends with the slowest.
+    update_s = max(ranks) if cores is None else max(*ranks, sum(ranks) / cores)
+    return Prediction(timeline.makespan + update_s, timeline.makespan, update_s, timeline)
+
+
+def stage_costs(blocks_per_stage: Sequence[int], measured: MeasuredCosts) -> Costs:
+    """Return the costs of the stages of a partition."""
+    return costs_of(layers_of_stages(blocks_per_stage, measured), measured.message_s)
+
+
+def layers_of_stages(blocks_per_stage: Sequence[int], measured: MeasuredCosts) -> list[list[LayerCosts]]:
+    """Return the costs of the layers of each stage; the embedding is on the first, the head on the last."""
+    stages = [[measured.block] * count for count in blocks_per_stage]
+    stages[0].insert(0, measured.embedding)
+    stages[-1].append(measured.head)
+    return stages
+
+
+def costs_of(stages: Sequence[Sequence[LayerCosts]], message_s: float) -> Costs:
+    """Add up the layers of each stage."""
+
+    def total(part: Callable[[LayerCosts], float]) -> list[float]:
+        return [sum(map(part, stage)) for stage in stages]
+
+    return Costs(
+        forward=total(lambda layer: layer.forward),
+        backward_input=total(lambda layer: layer.backward_input),
+        backward_weight=total(lambda layer: layer.backward_weight),
+        message=message_s,
+        backward=total(lambda layer: layer.backward),
+    )
+
+
+def cores_of_pipeline(config: Config, num_local_ranks: int, num_local_cores: int) -> float | None:
+    """Return the cores that the ranks of one pipeline share, or None if every rank has its own."""
+    if num_local_ranks <= num_local_cores:
+        return None
+    return config.parallel.pipeline * num_local_cores / num_local_ranks
