@@ -17,12 +17,17 @@ _COSTS_HELP = (
     "what one microbatch through all layers of one rank takes forward, for the gradients of the inputs, and for those"
     " of the weights (default 1,1,1)"
 )
+_MAX_STASH_HELP = (
+    "the most that a rank may stash, in activations of one microbatch through all layers of one rank; greedy plans"
+    " within it (default: as many as there are ranks)"
+)
 _RULES = (
     "every action stands once, on the rank of its stage",
     "every stage runs every microbatch forward, then backward once, as B or as I and W",
     "weight gradients accumulate in ascending microbatch order",
     "every message has one sender and one receiver, is computed before and posted in time",
     "no deadlock, even if every send blocks until its receive is posted",
+    "gradients are reduced after the last of them, and weights updated after everything else",
 )
 
 
@@ -43,7 +48,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         description="Draw a schedule, each action as its microbatch: in colour on a terminal, with letters elsewhere.",
     )
     _add_source(shown, "print one JSON object, with the list of every rank")
-    _add_costs(shown)
+    _add_svg(shown)
     shown.add_argument("--actions", action="store_true", help="print the list of every rank too")
     shown.set_defaults(run=run_show)
 
@@ -62,7 +67,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         " layers of one rank.",
     )
     _add_source(simulated, "print one JSON object, keys makespan, bubble, peak_stash, max_in_flight and others")
-    _add_costs(simulated)
+    _add_svg(simulated)
     simulated.set_defaults(run=run_simulate)
 
 
@@ -72,7 +77,7 @@ def run_show(args: argparse.Namespace) -> int:
     Parameters
     ----------
     args : argparse.Namespace
-        The options of all three actions, ``costs``, ``message``, ``svg`` and ``actions``.
+        The options of all three actions, ``svg`` and ``actions``.
 
     Returns
     -------
@@ -161,20 +166,26 @@ def _add_source(parser: argparse.ArgumentParser, json_help: str) -> None:
     parser.add_argument("--chunks", type=int, metavar="V", help="stages per rank, where the schedule leaves a choice")
     parser.add_argument("--json", action="store_true", help=json_help)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the schedule to a file")
-    parser.add_argument("--messages", action="store_true", help="with the messages in what --csv or show writes")
-
-
-def _add_costs(parser: argparse.ArgumentParser) -> None:
-    """Add what a clock needs."""
+    parser.add_argument(
+        "--messages", action="store_true", help="with messages and updates in what --csv or show writes"
+    )
     parser.add_argument("--costs", default="1,1,1", metavar="F,I,W", help=_COSTS_HELP)
     parser.add_argument("--message", type=float, default=0.0, metavar="T", help="what a message takes (default 0)")
+    parser.add_argument("--max-stash", type=float, metavar="A", help=_MAX_STASH_HELP)
+
+
+def _add_svg(parser: argparse.ArgumentParser) -> None:
+    """Add what draws into a file."""
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the schedule into a file")
 
 
 def _load(args: argparse.Namespace) -> "Schedule":
     """Make the schedule, with messages, prove it, and write it where --csv says."""
+    times = _times(args)
+
     from hpcpipe.schedule.build import GENERATORS, build
     from hpcpipe.schedule.csv_file import build_from_csv, write_csv
+    from hpcpipe.schedule.simulate import Costs
 
     if args.source.endswith(".csv"):
         program = build_from_csv(_read(Path(args.source)), args.source)
@@ -183,7 +194,12 @@ def _load(args: argparse.Namespace) -> "Schedule":
         missing = [f"--{key}" for key in ("ranks", "microbatches") if getattr(args, key) is None]
         if missing and args.source in GENERATORS:
             raise UsageError(f"the schedule {args.source} needs {' and '.join(missing)}; only a .csv file has its own")
-        program = build(args.source, args.ranks or 0, args.microbatches or 0, args.chunks or 0)
+        ranks, microbatches, chunks = args.ranks or 0, args.microbatches or 0, args.chunks or 0
+        costs = max_stash = None
+        if args.source == "greedy" and ranks > 0 and chunks >= 0:
+            costs = Costs.even(ranks, ranks * (chunks or 2), *times)
+            max_stash = None if args.max_stash is None else [args.max_stash] * ranks
+        program = build(args.source, ranks, microbatches, chunks, costs, max_stash)
     if args.csv is not None:
         _write(args.csv, write_csv(_listed(program, args.messages)))
     return program
@@ -191,29 +207,28 @@ def _load(args: argparse.Namespace) -> "Schedule":
 
 def _simulated(args: argparse.Namespace) -> "tuple[Schedule, Timeline]":
     """Make the schedule, run it against the clock, and draw it where --svg says."""
-    costs = _numbers(args.costs)
-    if not 0 <= args.message < math.inf:
-        raise UsageError(f"--message {args.message}: give the time that a message takes, 0 or more")
     program = _load(args)
 
     from hpcpipe.schedule.simulate import Costs, simulate
     from hpcpipe.schedule.svg import to_svg
 
-    timeline = simulate(program, Costs.uniform(program, *costs, args.message))
+    timeline = simulate(program, Costs.uniform(program, *_times(args)))
     if args.svg is not None:
         _write(args.svg, to_svg(program, timeline))
     return program, timeline
 
 
-def _numbers(text: str) -> tuple[float, float, float]:
-    """Read F,I,W."""
+def _times(args: argparse.Namespace) -> tuple[float, float, float, float]:
+    """Read what F, I, W and a message take."""
     try:
-        costs = [float(word) for word in text.split(",")]
+        costs = [float(word) for word in args.costs.split(",")]
     except ValueError:
         costs = []
     if len(costs) != 3 or not all(0 <= cost < math.inf for cost in costs) or costs[0] == 0:
-        raise UsageError(f"--costs {text}: give three times, 0 or more and the first above 0, such as 1,1.2,0.8")
-    return costs[0], costs[1], costs[2]
+        raise UsageError(f"--costs {args.costs}: give three times, 0 or more and the first above 0, such as 1,1.2,0.8")
+    if not 0 <= args.message < math.inf:
+        raise UsageError(f"--message {args.message}: give the time that a message takes, 0 or more")
+    return costs[0], costs[1], costs[2], args.message
 
 
 def _require_agreement(args: argparse.Namespace, program: "Schedule") -> None:

@@ -10,10 +10,12 @@ from hpcpipe.schedule.controllable_memory import v_half, v_min
 from hpcpipe.schedule.dualpipe_v import dualpipe_v
 from hpcpipe.schedule.forward import forward
 from hpcpipe.schedule.gpipe import gpipe, looped_bfs
+from hpcpipe.schedule.greedy import greedy
 from hpcpipe.schedule.interleaved import interleaved, interleaved_zero_bubble
 from hpcpipe.schedule.lower import lower
 from hpcpipe.schedule.one_forward_one_backward import eager_one_forward_one_backward, one_forward_one_backward
-from hpcpipe.schedule.placement import looped
+from hpcpipe.schedule.placement import Placement, looped, v_shaped
+from hpcpipe.schedule.simulate import Costs
 from hpcpipe.schedule.zb_v import zb_v
 from hpcpipe.schedule.zero_bubble import zb_h1, zb_h2
 
@@ -38,6 +40,22 @@ def _fixed(make: Callable[[int, int], Schedule], chunks: int) -> Generator:
     return Generator(lambda num_ranks, num_microbatches, _: make(num_ranks, num_microbatches), chunks)
 
 
+def _greedy_placement(num_ranks: int, num_chunks: int) -> Placement:
+    return v_shaped(num_ranks) if num_chunks == 2 else looped(num_ranks, num_chunks)
+
+
+def _greedy(
+    num_ranks: int,
+    num_microbatches: int,
+    num_chunks: int,
+    costs: Costs | None = None,
+    max_stash: Sequence[float] | None = None,
+) -> Schedule:
+    placement = _greedy_placement(num_ranks, num_chunks)
+    costs = costs or Costs.even(num_ranks, len(placement))
+    return greedy(placement, num_microbatches, costs, max_stash)
+
+
 GENERATORS: dict[str, Generator] = {
     "gpipe": _fixed(gpipe, 1),
     "looped-bfs": Generator(looped_bfs, 0),
@@ -51,11 +69,19 @@ GENERATORS: dict[str, Generator] = {
     "v-half": _fixed(v_half, 2),
     "v-min": _fixed(v_min, 2),
     "dualpipe-v": _fixed(dualpipe_v, 2),
+    "greedy": Generator(_greedy, 0),
     "forward": Generator(lambda num_ranks, m, num_chunks: forward(looped(num_ranks, num_chunks), m), 1),
 }
 
 
-def generate(name: str, num_ranks: int, num_microbatches: int, num_chunks: int = 0) -> Schedule:
+def generate(
+    name: str,
+    num_ranks: int,
+    num_microbatches: int,
+    num_chunks: int = 0,
+    costs: Costs | None = None,
+    max_stash: Sequence[float] | None = None,
+) -> Schedule:
     """Generate a schedule of compute actions.
 
     Parameters
@@ -66,6 +92,8 @@ def generate(name: str, num_ranks: int, num_microbatches: int, num_chunks: int =
         Pipeline ranks, and microbatches per step.
     num_chunks : int
         Stages per rank; 0 for what the schedule is defined for, or two where it may be any number.
+    costs, max_stash
+        What `greedy` plans with, as it takes them; the other schedules depend on neither.
 
     Raises
     ------
@@ -85,10 +113,20 @@ def generate(name: str, num_ranks: int, num_microbatches: int, num_chunks: int =
             f"the schedule {name} has {generator.chunks} stage{'s' * (generator.chunks > 1)} per rank, not"
             f" {num_chunks}: set parallel.chunks = {generator.chunks}, or another parallel.schedule"
         )
-    return generator.make(num_ranks, num_microbatches, num_chunks or generator.chunks or 2)
+    num_chunks = num_chunks or generator.chunks or 2
+    if generator.make is _greedy:
+        return _greedy(num_ranks, num_microbatches, num_chunks, costs, max_stash)
+    return generator.make(num_ranks, num_microbatches, num_chunks)
 
 
-def build(name: str, num_ranks: int, num_microbatches: int, num_chunks: int = 0) -> Schedule:
+def build(
+    name: str,
+    num_ranks: int,
+    num_microbatches: int,
+    num_chunks: int = 0,
+    costs: Costs | None = None,
+    max_stash: Sequence[float] | None = None,
+) -> Schedule:
     """Generate a schedule, add its messages and prove it; parameters and errors as in `generate`.
 
     Returns
@@ -96,7 +134,7 @@ def build(name: str, num_ranks: int, num_microbatches: int, num_chunks: int = 0)
     Schedule
         The lowered schedule, ready to be executed.
     """
-    program = lower(generate(name, num_ranks, num_microbatches, num_chunks))
+    program = lower(generate(name, num_ranks, num_microbatches, num_chunks, costs, max_stash))
     check(program)
     return program
 

@@ -67,6 +67,16 @@ class Costs:
             message,
         )
 
+    def by_kind(self) -> dict[Kind, list[float]]:
+        """Return what each kind of compute action takes, one number per stage."""
+        halves = [i + w for i, w in zip(self.backward_input, self.backward_weight, strict=True)]
+        return {
+            Kind.F: list(self.forward),
+            Kind.I: list(self.backward_input),
+            Kind.W: list(self.backward_weight),
+            Kind.B: halves if self.backward is None else list(self.backward),
+        }
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -167,12 +177,9 @@ def simulate(schedule: Schedule, costs: Costs, cores: float | None = None) -> Ti
 
 def _table(schedule: Schedule, costs: Costs) -> Times:
     """Return what each kind of action takes on each stage, in the order of `KINDS`."""
-    taken = {Kind.F: costs.forward, Kind.I: costs.backward_input, Kind.W: costs.backward_weight}
     table = np.zeros((len(KINDS), schedule.num_stages))
-    for kind, row in taken.items():
+    for kind, row in costs.by_kind().items():
         table[KINDS.index(kind)] = row
-    whole = costs.backward
-    table[KINDS.index(Kind.B)] = np.add(costs.backward_input, costs.backward_weight) if whole is None else whole
     return table
 
 

@@ -61,6 +61,19 @@ def test_costs_chunks_and_messages_reach_the_clock(call):
     assert makespan("1f1b", *SMALL, "--message", "0.5") > 33
 
 
+def test_greedy_plans_with_costs_and_memory(call):
+    def found(*words):
+        return json.loads(call("simulate", "greedy", *SMALL, "--json", *words)[1])
+
+    assert found()["bubble"] == 1.5 and found()["stages"] == 8
+    assert found("--chunks", 1)["bubble"] == 3
+    slow = found("--message", 0.1)
+    assert slow["bubble"] < json.loads(call("simulate", "zb-v", *SMALL, "--json", "--message", 0.1)[1])["bubble"]
+    small = found("--max-stash", 2)
+    assert max(small["peak_stash"]) <= 2 and small["bubble"] > 1.5
+    assert call("check", "greedy", *SMALL, "--costs", "1,2,1", "--max-stash", 2.5)[0] == ExitCode.DONE
+
+
 def test_simulate_prints_a_table_for_people(call):
     out = call("simulate", "zb-h1", *SMALL)[1]
     assert out.startswith("zb-h1: 4 ranks, 4 stages, 8 microbatches\nmakespan 27, bubble 3 (11.1 %), stash at most 4")
@@ -114,9 +127,9 @@ def test_check_says_what_holds(call):
     code, out, _ = call("check", "dualpipe-v", *SMALL)
     assert code == ExitCode.DONE
     assert "ok, 150 actions, 96 messages" in out
-    assert out.count("  holds: ") == 5 and "no deadlock" in out
+    assert out.count("  holds: ") == 6 and "no deadlock" in out
     found = json.loads(call("check", "dualpipe-v", *SMALL, "--json")[1])
-    assert found["ok"] is True and len(found["rules"]) == 5 and found["num_messages"] == 96
+    assert found["ok"] is True and len(found["rules"]) == 6 and found["num_messages"] == 96
 
 
 def test_a_file_can_be_written_edited_and_read(call, tmp_path):
@@ -166,6 +179,10 @@ def test_svg_is_written(call, tmp_path):
         (("simulate", "1f1b", *SMALL, "--costs", "nan,1,1"), "give three times"),
         (("simulate", "1f1b", *SMALL, "--message=-1"), "--message -1.0: give the time"),
         (("simulate", "1f1b", *SMALL, "--message", "inf"), "--message inf: give the time"),
+        (
+            ("show", "greedy", *SMALL, "--max-stash", "0.5"),
+            "rank 0 may stash 0.5 activations, and cannot run with less",
+        ),
         (("show", "1f1b", *SMALL, "--svg", "no/such/place.svg"), "cannot write no/such/place.svg: No such file"),
         (("show", "1f1b", *SMALL, "--csv", "no/such/place.csv"), "cannot write no/such/place.csv"),
         (("show", "1f1b", *SMALL, "--action"), "did you mean --actions?"),
