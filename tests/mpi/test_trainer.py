@@ -5,9 +5,11 @@ import functools
 import numpy as np
 import pytest
 from mpi4py import MPI
+from support import small_training
+from support.small_training import CountedSamples, owned_weights
 
-from hpcpipe.config.check import check_stages, resolve
-from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
+from hpcpipe.config.check import resolve
+from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig
 from hpcpipe.errors import UsageError
 from hpcpipe.mpi.channel import MessageMode
 from hpcpipe.mpi.grid import make_grid
@@ -24,42 +26,10 @@ pytestmark = pytest.mark.mpi(min_size=2)
 STEPS = 3
 
 
-class CountedSamples:
-    """Samples that are a function of their number."""
-
-    def batch(self, first, count, tokens, targets):
-        for row in range(count):
-            stream = np.random.default_rng(first + row).integers(0, 11, tokens.shape[1] + 1)
-            tokens[row], targets[row] = stream[:-1], stream[1:]
-
-
-def train(comm, pipeline, data, mode=None, layers=9, **choices):
+def train(comm, pipeline, data, **choices):
     """Return the loss and norm of each step, and this rank's weights, after a few steps."""
-    tied = choices.pop("tied", True)
-    recompute = choices.pop("recompute", "none")
-    config = Config(
-        model=ModelConfig(layers=layers, width=12, heads=3, context=6, vocab=11, tied=tied),
-        parallel=ParallelConfig(pipeline=pipeline, data=data, microbatch_size=2, **choices),
-        train=TrainConfig(steps=STEPS, learning_rate=1e-2, warmup_steps=1, clip=0.5, recompute=recompute),
-    )
-    config = resolve(config, comm.size)
-    schedule = build_schedule(config)
-    config = check_stages(config, schedule.num_stages)
-    grid, parallel = make_grid(comm, pipeline, data), config.parallel
-    state = build_state(config, schedule.stage_to_rank, grid.stage_rank)
-    state.fill_initial()
-    per_replica = parallel.microbatches // data
-    local = range(grid.replica * per_replica, (grid.replica + 1) * per_replica)
-    batches = TrainingBatches(CountedSamples(), parallel.microbatches, local, 2, config.model.context)
-    trainer = Trainer(state, schedule, grid, Waiter(60.0), batches, mode or MessageMode())
-    results = [trainer.run(step, stop=False) for step in range(1, STEPS + 1)]
-    grid.free()
-    weights = {
-        tensor.name: stage.parameters.weights.arrays[tensor.name].tobytes()
-        for stage in state.stages.values()
-        for tensor in stage.owned()
-    }
-    return [(result.loss, result.grad_norm) for result in results], weights
+    results, state = small_training.train(comm, pipeline, data, STEPS, **choices)
+    return results, owned_weights(state)
 
 
 @functools.cache
