@@ -108,6 +108,7 @@ def _facts(candidate: Candidate) -> dict[str, Any]:
     return {
         "schedule": parallel.schedule,
         "chunks": parallel.chunks,
+        "stash": candidate.stash,
         "partition": list(parallel.partition),
         "step_s": prediction.step_s,
         "pipeline_s": prediction.pipeline_s,

@@ -84,7 +84,7 @@ def test_the_cut_wins_back_what_a_heavy_last_stage_loses(name, num_ranks):
 def test_the_fastest_by_simulation_is_chosen():
     choice = choose_schedule(config(), measured(), None)
     times = [candidate.prediction.step_s for candidate in choice.ranking]
-    assert times == sorted(times) and choice.chosen is choice.ranking[0]
+    assert times == sorted(times) and choice.chosen.prediction.step_s <= 1.002 * times[0]
     assert {candidate.config.parallel.schedule for candidate in choice.ranking} >= {"1f1b", "zb-h1", "interleaved"}
     plain = next(c for c in choice.ranking if c.config.parallel.schedule == "1f1b")
     assert choice.chosen.prediction.step_s < 0.85 * plain.prediction.step_s
