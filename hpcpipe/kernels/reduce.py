@@ -5,6 +5,9 @@ import numpy as np
 from hpcpipe.kernels.arrays import Floats
 from hpcpipe.kernels.jit import kernel
 
+BLOCK = 1024
+"""Elements whose squares are added by themselves in `block_sums_of_squares`."""
+
 
 @kernel
 def add_into(acc: Floats, x: Floats) -> None:
@@ -40,6 +43,27 @@ def sum_of_squares(x: Floats) -> float:
         value = np.float64(x[i])
         total += value * value
     return total
+
+
+@kernel(reorder=True)
+def block_sums_of_squares(x: Floats, out: Floats) -> None:
+    """Sum the squares of each run of ``BLOCK`` elements in float64.
+
+    A part of an array that starts at a multiple of ``BLOCK`` gives the same sums as the whole array gives for it.
+
+    Parameters
+    ----------
+    x : array, shape [n]
+        Terms.
+    out : array of float64, shape [n / BLOCK, rounded up]
+        The sums; the order of each is a function of its number of terms and of the processor alone.
+    """
+    for block in range(out.shape[0]):
+        total = 0.0
+        for i in range(block * BLOCK, min(block * BLOCK + BLOCK, x.shape[0])):
+            value = np.float64(x[i])
+            total += value * value
+        out[block] = total
 
 
 @kernel

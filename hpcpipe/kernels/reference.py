@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from hpcpipe.kernels.arrays import Floats, Tokens
+from hpcpipe.kernels.reduce import BLOCK
 
 # Shapes and meaning are in the modules of the kernels.
 # ruff: noqa: D103
@@ -32,6 +33,11 @@ def add_into(acc: Floats, x: Floats) -> None:
 
 def sum_of_squares(x: Floats) -> float:
     return float(np.sum(x.astype(np.float64) ** 2))
+
+
+def block_sums_of_squares(x: Floats, out: Floats) -> None:
+    for block in range(len(out)):
+        out[block] = sum_of_squares(x[block * BLOCK : (block + 1) * BLOCK])
 
 
 def bias_gradient(dy: Floats, acc: Floats, scratch: Floats) -> None:

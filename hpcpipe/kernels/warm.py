@@ -86,6 +86,7 @@ def cases(dtype: npt.DTypeLike = np.float32) -> list[Case]:
         (embedding.embedding_backward_weight, (tokens, floats(*x), floats(vocab, width), floats(*x))),
         (reduce.add_into, (floats(vector), floats(vector))),
         (reduce.sum_of_squares, (floats(vector),)),
+        (reduce.block_sums_of_squares, (floats(vector), np.zeros(1))),
         (
             adamw.adamw_update,
             (*(floats(vector) for _ in range(4)), 1.0, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.1, 0.05),

@@ -32,12 +32,15 @@ class Waiter:
     ----------
     waited_s : float
         Seconds spent waiting so far; the owner resets it.
+    background : callable
+        Called while waiting, for what can go on meanwhile; it must not wait itself.
     """
 
     def __init__(self, timeout_s: float, owns_core: bool = False) -> None:
         self.timeout_s = timeout_s
         self._yield_s = _YIELD_ON_OWN_CORE_S if owns_core else _YIELD_S
         self.waited_s = 0.0
+        self.background: Callable[[], None] = lambda: None
 
     def wait(self, requests: Sequence[MPI.Request], what: Callable[[], str]) -> None:
         """Return once all requests are complete.
@@ -60,6 +63,7 @@ class Waiter:
         start = time.perf_counter()
         stop_yielding, nap_s = start + self._yield_s, _SHORTEST_SLEEP_S
         while not MPI.Request.Testall(pending):
+            self.background()
             if time.perf_counter() < stop_yielding:
                 os.sched_yield()
                 continue

@@ -47,6 +47,7 @@ def make_arguments(name, dtype, context=7, width=15):
         "matmul_bias": lambda: (x, floats(width, 5), floats(5), blank(rows, 5)),
         "add_into": lambda: (floats(n), floats(n)),
         "sum_of_squares": lambda: (floats(n),),
+        "block_sums_of_squares": lambda: (floats(n), np.full(5, NAN)),
         "bias_gradient": lambda: (dout, vector, blank(width)),
         "layernorm_forward": lambda: (x, vector, floats(width), blank(rows, width), blank(rows), blank(rows)),
         "layernorm_backward_input": lambda: (dout, x, vector, mean, rstd, floats(rows, width)),

@@ -28,7 +28,7 @@ def test_kernel_equals_its_twin(name, context, width, dtype):
 
 
 def test_every_kernel_has_a_twin_with_its_signature():
-    assert len(KERNELS) == 19
+    assert len(KERNELS) == 20
     for name, kernel in KERNELS.items():
         assert list(inspect.signature(kernel).parameters) == list(
             inspect.signature(getattr(reference, name)).parameters
@@ -178,6 +178,21 @@ def test_row_sums_run_upwards_and_are_added_once():
 def test_sum_of_squares_is_carried_in_float64():
     x = np.full(100_001, 0.1, np.float32)
     assert reduce.sum_of_squares(x) == pytest.approx(100_001 * float(np.float32(0.1)) ** 2, rel=1e-13)
+
+
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 7 * 1024, 9 * 1024 + 517])
+def test_sums_of_blocks_do_not_depend_on_where_the_array_is_cut(size):
+    x = np.random.default_rng(size).normal(size=size).astype(np.float32)
+    num_blocks = -(-size // reduce.BLOCK)
+    whole = np.empty(num_blocks)
+    reduce.block_sums_of_squares(x, whole)
+    for first in range(num_blocks):
+        part = np.empty(num_blocks - first)
+        reduce.block_sums_of_squares(x[first * reduce.BLOCK :], part)
+        assert part.tobytes() == whole[first:].tobytes()
+        alone = np.empty(1)
+        reduce.block_sums_of_squares(x[first * reduce.BLOCK : (first + 1) * reduce.BLOCK].copy(), alone)
+        assert alone[0] == whole[first]
 
 
 def test_exponential_is_accurate_over_all_of_float32():

@@ -291,6 +291,7 @@ calls = {
     "cross_entropy_backward": (loss.cross_entropy_backward, f(R, V), i(0, R), f(R), f(R) + 5, f(R, V)),
     "add_into": (reduce.add_into, f(R), f(R)),
     "sum_of_squares": (reduce.sum_of_squares, f(R * C)),
+    "block_sums_of_squares": (reduce.block_sums_of_squares, f(4 * reduce.BLOCK + 3), np.zeros(5)),
     "bias_gradient": (reduce.bias_gradient, f(R, C), f(C), f(C)),
     "adamw_update": (
         adamw.adamw_update, f(R), f(R), f(R), abs(f(R)), 0.5, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.1, 0.05
