@@ -20,7 +20,7 @@ def lower(schedule: Schedule) -> Schedule:
     one that needs it, so that a message can travel while its receiver computes, and no later than the action that the
     receiver runs when the message is sent, on a clock where every action takes one turn. On that clock each send finds
     its receive posted, so the program cannot hang even if sends block, whatever the real times are. Where updates go is
-    said in `with_updates`.
+    said in `with_updates`, and what becomes of the first stage's halves in `with_whole_first_stage`.
 
     Parameters
     ----------
@@ -30,8 +30,9 @@ def lower(schedule: Schedule) -> Schedule:
     Returns
     -------
     Schedule
-        The same compute actions in the same order, with messages and updates between them.
+        The same work in the same order, with messages and updates between the actions.
     """
+    schedule = with_whole_first_stage(schedule)
     flat = flatten(schedule.actions)
     needs = needs_of(schedule, flat)
     takes = np.flatnonzero((needs >= 0) & (needs < len(needs)))
@@ -56,6 +57,24 @@ def lower(schedule: Schedule) -> Schedule:
     bounds = np.searchsorted(place[order], flat.offsets).tolist()
     lists = tuple(tuple(merged[start:stop]) for start, stop in pairwise(bounds))
     return with_updates(replace(schedule, actions=lists))
+
+
+def with_whole_first_stage(schedule: Schedule) -> Schedule:
+    """Make one ``B`` of each ``I`` and ``W`` of the first stage that stand side by side.
+
+    Nobody waits for the gradient of the first stage's input, so the times stay the same, and a whole backward keeps
+    nothing between its halves (as JaxPP does, arXiv 2412.14374).
+    """
+    lists = []
+    for rank, actions in enumerate(schedule.actions):
+        fused: list[Action] = []
+        for action in actions if schedule.stage_to_rank[:1] == (rank,) else ():
+            if action[:2] == (Kind.W, 0) and fused and fused[-1] == action._replace(kind=Kind.I):
+                fused.pop()
+                action = action._replace(kind=Kind.B)
+            fused.append(action)
+        lists.append(tuple(fused) or actions)
+    return replace(schedule, actions=tuple(lists))
 
 
 def with_updates(schedule: Schedule) -> Schedule:

@@ -9,8 +9,9 @@ import pytest
 from hpcpipe.errors import UsageError
 from hpcpipe.schedule.action import COMPUTE, UPDATE, Action, Kind, Schedule
 from hpcpipe.schedule.buffers import count_buffers, peak_stash
-from hpcpipe.schedule.build import GENERATORS, build
+from hpcpipe.schedule.build import GENERATORS, build, generate
 from hpcpipe.schedule.check import check
+from hpcpipe.schedule.lower import lower
 from hpcpipe.schedule.simulate import Costs, simulate
 
 RANKS = (1, 2, 3, 4, 5, 8)
@@ -70,7 +71,31 @@ def compute(schedule, rank):
 @pytest.mark.parametrize("trace", TRACES.strip().splitlines())
 def test_golden_traces(trace):
     name, p, m, rank, *actions = trace.split()
-    assert compute(build(name, int(p), int(m)), int(rank)).split() == actions
+    assert compute(generate(name, int(p), int(m)), int(rank)).split() == actions
+
+
+def test_halves_of_the_first_stage_that_stand_together_become_whole():
+    assert compute(build("zb-h1", 4, 3), 0) == "F0.0 F0.1 F0.2 B0.0 B0.1 B0.2"
+    assert compute(build("zb-h1", 4, 2), 3) == compute(generate("zb-h1", 4, 2), 3)
+    for name, p in CASES:
+        m = 2 * p
+        split, whole = generate(name, p, m), build(name, p, m)
+        costs = Costs.uniform(split, 1, 1.3, 0.7, 0.1)
+        assert simulate(whole, costs).makespan == pytest.approx(simulate(split, costs).makespan)
+        assert peak_stash(whole) == peak_stash(split)
+        own = [action for action in whole.actions[0] if action.kind in COMPUTE]
+        assert not any(
+            a == b._replace(kind=Kind.I) and b == (Kind.W, 0, a.microbatch) for a, b in itertools.pairwise(own)
+        )
+
+
+def test_a_repeated_half_is_not_hidden():
+    split = generate("zb-h1", 2, 2)
+    actions = " ".join(map(str, split.actions[0]))
+    assert actions == "F0.0 F0.1 I0.0 W0.0 I0.1 W0.1"
+    for extra in ("W0.0", "I0.0"):
+        with pytest.raises(UsageError, match=r"stands twice|one B, or one I and one W"):
+            check(lower(with_list(split, 0, [*split.actions[0], Action.parse(extra)])))
 
 
 @pytest.mark.parametrize(("p", "m"), GOLDEN)
