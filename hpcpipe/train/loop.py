@@ -32,6 +32,11 @@ class Loop:
         Identifies the token file and its tokenizer in checkpoints.
     peak_flops : float
         What MFU is measured against.
+
+    Attributes
+    ----------
+    steps_s : list of float
+        Seconds of each step so far, on this rank.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Loop:
         self._metrics = session.metrics
         samples = session.config.parallel.microbatches * session.config.parallel.microbatch_size
         self._peak_flops_per_step = training_flops_per_sample(state.model) * samples / peak_flops
+        self.steps_s: list[float] = []
         self._saved_step = state.step
         self._evaluation: Evaluation | None = None
 
@@ -88,6 +94,7 @@ class Loop:
         return self._evaluation
 
     def _record(self, step: int, result: StepResult) -> None:
+        self.steps_s.append(result.step_s)
         if self._metrics is None:
             return
         row = {

@@ -1,6 +1,8 @@
 """The plan of a run: costs, partition, schedule and what a step should take, decided before anything is allocated."""
 
 import json
+import statistics
+from collections.abc import Sequence
 from typing import Any
 
 from hpcpipe.cluster.processor import memory
@@ -65,6 +67,16 @@ def describe_plan(plan: Candidate) -> str:
     bubble = prediction.timeline.bubble / prediction.timeline.makespan
     blocks = ", ".join(map(str, plan.config.parallel.partition))
     return f"predicted: {prediction.step_s:.3g} s per step, bubble {bubble:.1%}; blocks per stage: {blocks}"
+
+
+def compare_with_prediction(session: Session, plan: Candidate, steps_s: Sequence[float]) -> None:
+    """Say on rank 0, and keep in ``events.jsonl``, how the median step compares with the prediction."""
+    measured_s, predicted_s = statistics.median(steps_s), plan.prediction.step_s
+    session.events.add("step time", predicted_s=predicted_s, measured_s=measured_s)
+    session.console.say(
+        f"step time: {measured_s:.3g} s measured (median of {len(steps_s)}), {predicted_s:.3g} s predicted,"
+        f" {measured_s / predicted_s - 1:+.1%}"
+    )
 
 
 def explain(choice: Choice) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import hpcpipe
 from hpcpipe.cluster.processor import memory
-from hpcpipe.config.check import check_data, check_stages, resolve
+from hpcpipe.config.check import check_data, resolve
 from hpcpipe.config.dump import to_toml
 from hpcpipe.config.load import load, run_directory
 from hpcpipe.config.schema import Config
@@ -36,9 +36,9 @@ from hpcpipe.train.leave import leaving_together
 from hpcpipe.train.lock import RunLock
 from hpcpipe.train.loop import Loop
 from hpcpipe.train.peak import measure_peak_flops
-from hpcpipe.train.plan import describe_plan, make_plan
+from hpcpipe.train.plan import compare_with_prediction, describe_plan, make_plan
 from hpcpipe.train.resume import identity_of, resume_state
-from hpcpipe.train.session import Session, build_schedule
+from hpcpipe.train.session import Session, build_schedule, check_schedule
 from hpcpipe.train.state import State, build_state
 from hpcpipe.train.step import Trainer
 from hpcpipe.train.stop import StopRequest
@@ -83,7 +83,7 @@ def _train(world: World, config_path: Path, overrides: Sequence[str], resume: st
     with together(world.comm, waiter):
         config = resolve(load(config_path, overrides), world.size)
         schedule = build_schedule(config)
-        config = check_stages(config, schedule.num_stages)
+        config = check_schedule(config, schedule)
         mode = MessageMode.parse(os.environ.get(MESSAGES, ""))
     directory = RunDirectory.of(config.run)
     lock = RunLock(directory.lock)
@@ -167,6 +167,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     waiter.timeout_s = config.parallel.timeout_s
     evaluation = loop.run()
     waiter.timeout_s = _SETUP_TIMEOUT_S
+    compare_with_prediction(session, plan, loop.steps_s)
 
     if evaluation is not None:
         show_compression(session, held_out, evaluation)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcpipe.config.check import check_stages
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import ExitCode, UsageError
 from hpcpipe.mpi.channel import MessageMode
@@ -103,3 +104,22 @@ def build_schedule(config: Config) -> Schedule:
                 f"parallel.schedule = {path} is for {key} = {found}, and here it is {wanted}: set it to {found}"
             )
     return schedule
+
+
+def check_schedule(config: Config, schedule: Schedule) -> Config:
+    """Check that the model fills the stages of `build_schedule`'s result, and fill in the chunks that it has.
+
+    With ``auto`` the chunks stay open, and all that can be said is whether the model is deep enough for one stage, or
+    as many as are asked for, on every rank.
+
+    Raises
+    ------
+    UsageError
+        As `hpcpipe.config.check.check_stages`.
+    """
+    parallel = config.parallel
+    if parallel.schedule != AUTO:
+        return check_stages(config, schedule.num_stages)
+    given = 0 if isinstance(parallel.partition, str) else len(parallel.partition)
+    check_stages(config, parallel.pipeline * parallel.chunks or given or parallel.pipeline)
+    return config

@@ -1,0 +1,55 @@
+"""Runs that decide for themselves: costs, prediction, partition and schedule are in the run directory."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from support.commands import bits
+from support.runs import Runs
+
+
+def prediction(directory: Path) -> dict:
+    return json.loads((directory / "prediction.json").read_text())
+
+
+def test_auto_chooses_says_why_and_gives_the_same_bits(runs: Runs, finished_run: Path) -> None:
+    finished = runs.train("run", 2, 'parallel.schedule="auto"')
+    assert finished.code == 0, finished.stderr
+    directory = runs.directory("run")
+    assert bits(directory) == bits(finished_run)
+    found = prediction(directory)
+    names = {candidate["schedule"] for candidate in found["candidates"]}
+    assert names | {reason.split(",")[0] for reason in found["refused"]} >= {"1f1b", "zb-h1", "interleaved", "greedy"}
+    assert f"> {found['schedule']}" in finished.stdout
+    resolved = tomllib.loads((directory / "config.toml").read_text())["parallel"]
+    assert resolved["schedule"] == found["schedule"] != "auto"
+    assert resolved["partition"] == found["partition"] and sum(found["partition"]) == 5
+    checked = runs.hpcpipe("schedule", "check", directory / "schedule.csv")
+    assert checked.code == 0, checked.stderr
+    again = runs.train_well("again", 2, f"parallel.schedule={directory / 'schedule.csv'}", "train.steps=3")
+    assert bits(again)[:3] == bits(finished_run)[:3]
+
+
+def test_the_prediction_is_there_before_the_first_step(runs: Runs) -> None:
+    # The first step makes numbers that are not finite, so that no step is ever finished.
+    finished = runs.train("run", 2, "train.learning_rate=1e38", "train.min_learning_rate=0", "train.warmup_steps=0")
+    assert finished.code == 70
+    found = prediction(runs.directory("run"))
+    assert 0 < found["step_s"] == pytest.approx(found["pipeline_s"] + found["update_s"])
+    assert found["costs"]["block"]["forward"] > found["costs"]["embedding"]["forward"] > 0
+
+
+def test_costs_are_measured_once_and_compared_at_the_end(runs: Runs) -> None:
+    runs.train_well("first", 2, "train.steps=2")
+    directory = runs.train_well("second", 2, "train.steps=2")
+    assert prediction(directory)["costs_from_cache"]
+    assert prediction(directory)["costs"] == prediction(runs.directory("first"))["costs"]
+    events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+    compared = next(event for event in events if event["event"] == "step time")
+    assert compared["predicted_s"] == prediction(directory)["step_s"] and compared["measured_s"] > 0
+
+
+def test_greedy_runs_with_measured_costs_and_the_head_alone(runs: Runs, finished_run: Path) -> None:
+    settings = ("parallel.schedule=greedy", "parallel.chunks=1", "parallel.partition=[3,2,0]")
+    assert bits(runs.train_well("run", 3, *settings)) == bits(finished_run)
