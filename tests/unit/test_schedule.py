@@ -175,12 +175,22 @@ def test_refusals_name_what_would_do():
         build("zb-v", 2, 4, 3)
 
 
-@pytest.mark.parametrize("p", RANKS)
+@pytest.mark.parametrize("p", [*range(1, 13), 21])
 def test_half_and_a_third_of_the_memory(p):
-    m = 4 * p
-    peak = max(peak_stash(build("1f1b", p, m)))
-    assert max(peak_stash(build("v-half", p, m))) <= (peak + 2) / 2
-    assert max(peak_stash(build("v-min", p, m))) <= (peak + 4) / 3
+    """The bubbles are half and about two thirds of 1F1B's, 3(p - 1), where all ranks have something to do."""
+    for m in microbatch_counts(p):
+        for name, stash, bubble in (("v-half", (p + 2) // 2, 1.5 * (p - 1)), ("v-min", (p + 4) // 3, 2 * p - 1.5)):
+            schedule = build(name, p, m)
+            timeline = simulate(schedule, Costs.uniform(schedule))
+            assert max(timeline.peak_stash) <= stash
+            assert m < max(4, p) or timeline.bubble <= max(bubble, 0), (name, m)
+
+
+def test_the_bubble_of_v_half_and_v_min():
+    for p, m, v_half, v_min in ((4, 8, 4.5, 5.5), (8, 32, 10.5, 13.5), (5, 20, 5.5, 7.5)):
+        for name, bubble in (("v-half", v_half), ("v-min", v_min)):
+            schedule = build(name, p, m)
+            assert simulate(schedule, Costs.uniform(schedule)).bubble == bubble
 
 
 @pytest.mark.parametrize("p", RANKS)
