@@ -4,12 +4,16 @@ import math
 
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import UsageError
+from hpcpipe.kernels.reduce import BLOCK
 from hpcpipe.model.gpt2 import build_layers
 from hpcpipe.model.layer import Layer
 from hpcpipe.model.partition import partition
 from hpcpipe.model.tensors import BufferShapes
+from hpcpipe.mpi.shards import receive_elements
+from hpcpipe.optim.shards import Bucket
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.schedule.buffers import count_buffers
+from hpcpipe.train.state import cut_stage
 
 _FLOAT_BYTES = 4
 
@@ -33,13 +37,15 @@ def predict_bytes(config: Config, schedule: Schedule, stage_rank: int) -> int:
     counts = count_buffers(schedule, stage_rank)
     stream = parallel.microbatch_size * model.context * model.width
     total = (counts.streams + 2) * stream
+    buckets: list[Bucket] = []
     for stage in schedule.stages_of(stage_rank):
         held = layers[ranges[stage].start : ranges[stage].stop]
-        # Weights and two moments; a gradient for every lane that is open at once.
-        num_copies = 3 + (parallel.lanes // parallel.data).bit_length()
+        # Weights, and a gradient for every lane that is open at once.
+        num_copies = 1 + (parallel.lanes // parallel.data).bit_length()
         total += num_copies * sum(tensor.size for layer in held for tensor in layer.tensors)
         total += _activations(held, parallel.microbatch_size, stream, counts.stashes, counts.upstreams, config)
-    return total * _FLOAT_BYTES
+        buckets += cut_stage(layers, held, parallel.data)
+    return (total + _shards(buckets, parallel.data)) * _FLOAT_BYTES
 
 
 def require_memory(needed_bytes: int, num_local_ranks: int, available_bytes: int) -> None:
@@ -57,6 +63,17 @@ def require_memory(needed_bytes: int, num_local_ranks: int, available_bytes: int
             f" {num_local_ranks} ranks of a node, and {_gib(available_bytes)} are free: use more nodes, set"
             ' train.recompute = "full", or lower parallel.microbatch_size, model.context, model.width or model.layers'
         )
+
+
+def _shards(buckets: list[Bucket], num_replicas: int) -> int:
+    """Return the elements that the replica with the largest shards keeps for the update."""
+    shards = [[bucket.cuts[shard + 1] - bucket.cuts[shard] for bucket in buckets] for shard in range(num_replicas)]
+    largest = max(map(max, shards))
+    # Two moments, the sums of squares of blocks as float64 of all replicas, what sums over replicas receive into, and
+    # the other end's use of a tied tensor.
+    moments = 2 * max(map(sum, shards))
+    sums = 2 * sum(map(sum, shards)) // BLOCK
+    return moments + sums + receive_elements(num_replicas, largest) + largest
 
 
 def _activations(

@@ -1,5 +1,7 @@
 """The gradients of a rank's stages over one step, and the two uses of a tied tensor."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from hpcpipe.kernels.reduce import add_into
@@ -7,9 +9,8 @@ from hpcpipe.memory.arena import Arena
 from hpcpipe.model.embedding import TOKEN_TABLE
 from hpcpipe.model.head import TABLE as HEAD_TABLE
 from hpcpipe.model.layer import Arrays
-from hpcpipe.mpi.collectives import exchange
+from hpcpipe.mpi.channel import Channel
 from hpcpipe.mpi.grid import Grid
-from hpcpipe.mpi.wait import Waiter
 from hpcpipe.optim.lanes import GradientLanes
 from hpcpipe.train.state import State
 
@@ -25,6 +26,11 @@ class Gradients:
         Lanes of this replica.
     num_microbatches : int
         Microbatches of this replica.
+
+    Attributes
+    ----------
+    totals : dict of int to Arena
+        The sums of the stages that `close` was called for, in this step.
     """
 
     def __init__(self, state: State, num_lanes: int, num_microbatches: int) -> None:
@@ -34,6 +40,7 @@ class Gradients:
             for index, stage in state.stages.items()
         }
         self._views: dict[int, list[Arrays]] = {}
+        self.totals: dict[int, Arena] = {}
 
     def of_layers(self, stage: int, index: int) -> list[Arrays]:
         """Return each layer's arrays in the accumulator of a microbatch, under local names."""
@@ -49,18 +56,22 @@ class Gradients:
         """Note that a stage has added a microbatch."""
         self._lanes[stage].finished(index)
 
-    def totals(self) -> dict[int, Arena]:
-        """Return each stage's sum over this replica's microbatches, to be given back with `reset`."""
-        return {index: lanes.total() for index, lanes in self._lanes.items()}
+    def close(self, stage: int) -> Arena:
+        """Return a stage's sum over this replica's microbatches, to be given back with `reset`."""
+        total = self.totals[stage] = self._lanes[stage].total()
+        return total
 
     def reset(self) -> None:
         """Take the totals back before the next step."""
-        for lanes in self._lanes.values():
-            lanes.reset()
+        for stage in self.totals:
+            self._lanes[stage].reset()
+        self.totals.clear()
 
 
 class TiedGradients:
     """The sum of the gradients of a tied tensor's two uses, the embedding's first and then the head's.
+
+    Both uses are cut into the same shards, so each replica exchanges only its own.
 
     Parameters
     ----------
@@ -68,40 +79,51 @@ class TiedGradients:
         Says whether the model is tied, and which ranks hold the two uses.
     grid : Grid
         This rank's place.
-    waiter : Waiter
-        Waits, with its deadline.
+    channel : Channel
+        Between the ranks of one pipeline.
     """
 
-    def __init__(self, state: State, grid: Grid, waiter: Waiter) -> None:
-        self._grid = grid
-        self._waiter = waiter
-        self._is_tied = state.config.model.tied
-        self._first, self._last = 0, state.last_stage
-        self._holders = (state.placement[0], state.placement[-1])
-        meets = self._is_tied and self._holders[0] != self._holders[1] and grid.stage_rank in self._holders
-        model = state.config.model
-        self._received = np.empty(model.vocab * model.width if meets else 0, np.float32)
+    # The tag of a message to the first stage's forward, which no schedule has.
+    _TAG = 0
 
-    def add_uses(self, totals: dict[int, Arena]) -> None:
-        """Give both holders the sum, in place.
+    def __init__(self, state: State, grid: Grid, channel: Channel) -> None:
+        self._channel = channel
+        self._holders = (state.placement[0], state.placement[-1])
+        self._peer = self._holders[1] if grid.stage_rank == self._holders[0] else self._holders[0]
+        both = ((0, TOKEN_TABLE), (state.last_stage, HEAD_TABLE)) if state.config.model.tied else ()
+        self._uses = [
+            (index, held)
+            for index, name in both
+            if index in state.stages
+            for bucket in state.stages[index].buckets
+            for held in bucket.slices(grid.replica)
+            if held.name == name
+        ]
+        meets = len(self._uses) == 1
+        self._received = np.empty(self._uses[0][1].size if meets else 0, np.float32)
+
+    def add_uses(self, totals: Mapping[int, Arena]) -> None:
+        """Give both holders the sum of this replica's shard, in place.
 
         Parameters
         ----------
-        totals : dict of int to Arena
-            This rank's gradients, already summed over replicas.
+        totals : mapping of int to Arena
+            This rank's gradients, whose own shards are summed over replicas.
+
+        Raises
+        ------
+        RankError
+            If the other holder does not answer in time.
         """
-        if not self._is_tied or self._grid.stage_rank not in self._holders:
-            return
-        uses = [
-            totals[stage].arrays[name].reshape(-1)
-            for stage, name in ((self._first, TOKEN_TABLE), (self._last, HEAD_TABLE))
-            if stage in totals
-        ]
+        uses = [held.of(totals[index].arrays) for index, held in self._uses]
         if len(uses) == 2:
             add_into(uses[0], uses[1])
             np.copyto(uses[1], uses[0])
-            return
-        peer = self._holders[1] if self._grid.stage_rank == self._holders[0] else self._holders[0]
-        exchange(self._grid.pipeline_comm, self._waiter, peer, uses[0], self._received)
-        # Addition commutes to the bit, so either holder may start from its own use.
-        add_into(uses[0], self._received)
+        elif uses:
+            names = f"gradients of the tied table from rank {self._peer}", f"those to rank {self._peer}"
+            self._channel.post_receive(names[0], self._received, self._peer, self._TAG)
+            self._channel.start_send(names[1], uses[0], self._peer, self._TAG)
+            for name in names:
+                self._channel.wait(name)
+            # Addition commutes to the bit, so either holder may start from its own use.
+            add_into(uses[0], self._received)

@@ -28,7 +28,7 @@ def check_model(state: State, path: Path, manifest: Manifest) -> None:
 
 
 def load_state(state: State, path: Path, manifest: Manifest) -> None:
-    """Read the weights and moments of this rank's stages.
+    """Read the weights of this rank's stages, and the moments of its shard.
 
     Parameters
     ----------
@@ -44,18 +44,25 @@ def load_state(state: State, path: Path, manifest: Manifest) -> None:
     DamagedError
         If a tensor is missing or its bytes are not those that were written.
     """
+    originals = {tensor.name: tensor.tied_to for layer in state.model for tensor in layer.tensors if tensor.tied_to}
     with Reader(path, manifest) as reader:
+        _read_weights(reader, state)
         for stage in state.stages.values():
-            for tensor in stage.parameters.layout.stored:
-                for kind, array in stage.arrays(tensor):
-                    reader.read(tensor.tied_to or tensor.name, kind, array)
+            for held in stage.stored_slices():
+                for moment, arena in stage.moments.items():
+                    name, array = originals.get(held.name, held.name), arena.arrays[held.name]
+                    reader.read(name, moment, array, held.start, held.stop)
     state.step = manifest.step
 
 
 def load_weights(state: State, path: Path, manifest: Manifest) -> None:
     """Read only the weights; otherwise as `load_state`."""
     with Reader(path, manifest) as reader:
-        for stage in state.stages.values():
-            for tensor in stage.parameters.layout.stored:
-                reader.read(tensor.tied_to or tensor.name, WEIGHT, stage.parameters.weights.arrays[tensor.name])
+        _read_weights(reader, state)
     state.step = manifest.step
+
+
+def _read_weights(reader: Reader, state: State) -> None:
+    for stage in state.stages.values():
+        for tensor in stage.parameters.layout.stored:
+            reader.read(tensor.tied_to or tensor.name, WEIGHT, stage.parameters.weights.arrays[tensor.name])

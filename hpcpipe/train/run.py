@@ -146,7 +146,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     with together(grid.comm, waiter):
         needed = predict_bytes(config, session.schedule, grid.stage_rank)
         require_memory(needed, session.num_local_ranks, memory().available_bytes)
-    state = build_state(config, session.schedule.stage_to_rank, grid.stage_rank)
+    state = build_state(config, session.schedule.stage_to_rank, grid.stage_rank, grid.replica)
     _introduce(session, state, tokens, plan, needed)
     resume_state(session, state, resume, tokens)
     session.status(state.step, None)

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every rank of one replica writes its file, rank 0 commits."""
+"""Writing a checkpoint: every rank writes its shard, rank 0 commits."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def save(state: State, grid: Grid, waiter: Waiter, root: Path, data: dict[str, s
     state : State
         Only read.
     grid : Grid
-        The ranks of the first replica write; the others hold the same bits.
+        Every rank writes what it updates: its replica's shard of its stages.
     waiter : Waiter
         Waits, with its deadline.
     root : Path
@@ -60,8 +60,9 @@ def save(state: State, grid: Grid, waiter: Waiter, root: Path, data: dict[str, s
     partial = Path(os.fsdecode(broadcast_bytes(comm, waiter, name if is_root else None, 0)))
     try:
         with together(comm, waiter):
-            if grid.replica == 0:
-                record = json.dumps(write_file(partial, grid.stage_rank, state.step, _pieces(state))).encode()
+            pieces = _pieces(state)
+            if pieces:
+                record = json.dumps(write_file(partial, comm.rank, state.step, pieces)).encode()
         records = [json.loads(content) for content in gather_bytes(comm, waiter, record) if content]
         with together(comm, waiter):
             if is_root:
@@ -87,11 +88,12 @@ def _require_finite(state: State) -> None:
 
 
 def _pieces(state: State) -> list[Piece]:
+    shapes = {tensor.name: tensor.shape for layer in state.model for tensor in layer.tensors}
     return [
-        Piece(tensor.name, kind, tensor.shape, 0, tensor.size, array)
+        Piece(held.name, kind, shapes[held.name], held.start, held.stop, array)
         for stage in state.stages.values()
-        for tensor in stage.owned()
-        for kind, array in stage.arrays(tensor)
+        for held in stage.owned_slices(stage.shard)
+        for kind, array in stage.arrays(held)
     ]
 
 

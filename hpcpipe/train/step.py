@@ -1,4 +1,4 @@
-"""One step: run the schedule, sum the gradients, clip, update. The same bits on every grid."""
+"""One step: run the schedule, sum the gradients, clip, update a shard, share it. The same bits on every grid."""
 
 import math
 import time
@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcpipe.errors import NumericsError
-from hpcpipe.kernels.reduce import sum_of_squares
-from hpcpipe.memory.arena import Arena
 from hpcpipe.mpi.channel import Channel, MessageMode
-from hpcpipe.mpi.collectives import gather_rows, sum_over_ranks
+from hpcpipe.mpi.collectives import gather_rows
 from hpcpipe.mpi.grid import Grid
+from hpcpipe.mpi.shards import ShardExchange
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.optim.clip import clip_factor, global_norm
 from hpcpipe.optim.learning_rate import learning_rate
@@ -20,6 +19,7 @@ from hpcpipe.pipeline.messages import Messages
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.gradients import Gradients, TiedGradients
+from hpcpipe.train.norm import SquareSums
 from hpcpipe.train.state import State
 
 
@@ -51,13 +51,25 @@ class StepResult:
     stop: bool
 
 
+@dataclass(frozen=True)
+class _Agreed:
+    """What the ranks agree on before the first update of a step."""
+
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    scale: float
+    bubble: float
+    stop: bool
+
+
 class Trainer:
     """Runs training steps on one rank.
 
     Parameters
     ----------
     state : State
-        Weights and moments; updated in place.
+        Weights, and the moments of this replica's shard; updated in place.
     schedule : Schedule
         Lowered and checked, with the state's placement.
     grid : Grid
@@ -85,20 +97,33 @@ class Trainer:
         self._waiter = waiter
         self._batches = batches
         self._num_microbatches = schedule.num_microbatches
+        assert all(stage.shard == grid.replica for stage in state.stages.values())
         self._gradients = Gradients(state, config.parallel.lanes // grid.data, schedule.num_microbatches)
+        buckets = [bucket for stage in state.stages.values() for bucket in stage.buckets]
+        largest = max(int(np.diff(bucket.cuts).max()) for bucket in buckets)
+        self._exchange = ShardExchange(grid.data_comm, waiter, mode, largest)
+        waiter.background = self._exchange.advance
+        self._optimizers = {index: stage.optimizers(config.train) for index, stage in state.stages.items()}
+        self._step, self._stop = 0, False
+        self._agreed: _Agreed | None = None
         work = Work(
             load=batches.__getitem__,
             gradients=self._gradients.of_layers,
             finished=lambda stage, index, microbatch, stash: self._gradients.finished(stage, index),
+            reduce=self._reduce,
+            step=self._update,
+            poll=self._exchange.advance,
         )
+        channel = Channel(grid.pipeline_comm, waiter, mode)
         self._executor = Executor(
             schedule,
             grid.stage_rank,
             state.compute_stages(config.parallel.microbatch_size, config.train.recompute == "full"),
-            Messages(Channel(grid.pipeline_comm, waiter, mode), schedule),
+            Messages(channel, schedule),
             work,
         )
-        self._tied = TiedGradients(state, grid, waiter)
+        self._tied = TiedGradients(state, grid, channel)
+        self._squares = SquareSums(state, grid, waiter)
         # Every rank sends one row per step, so its parts have the same place and length on all ranks.
         self._order = {tensor.name: i for i, tensor in enumerate(t for layer in state.model for t in layer.tensors)}
 
@@ -118,45 +143,77 @@ class Trainer:
             On every rank, before the update, if the loss or the gradient is not finite.
         """
         start = time.perf_counter()
-        state, train = self._state, self._state.config.train
         self._waiter.waited_s = 0.0
         self._batches.load(step)
+        self._step, self._stop, self._agreed = step, stop, None
         self._executor.run()
-        run_s, waited_s = self._executor.run_s, self._waiter.waited_s
+        self._exchange.finish()
+        self._gradients.reset()
+        self._state.step = step
+        agreed = self._agree_once()
+        return StepResult(
+            agreed.loss,
+            agreed.grad_norm,
+            agreed.learning_rate,
+            time.perf_counter() - start,
+            agreed.bubble,
+            agreed.stop,
+        )
 
-        totals = self._gradients.totals()
-        for total in totals.values():
-            sum_over_ranks(self._grid.data_comm, self._waiter, total.flat)
-        self._tied.add_uses(totals)
-        rows = self._share(totals, stop, waited_s / run_s)
+    def _reduce(self, stage: int) -> None:
+        """Start to sum a stage's gradients over the replicas, each replica its shard."""
+        total = self._gradients.close(stage)
+        for bucket in self._state.stages[stage].buckets:
+            self._exchange.reduce_scatter(f"REDUCE{stage}", bucket.of(total.flat, total.offsets), bucket.cuts)
+
+    def _update(self, stage: int) -> None:
+        """Update this replica's shard of a stage, and start to share it."""
+        agreed, total = self._agree_once(), self._gradients.totals[stage]
+        weights = self._state.stages[stage].parameters.weights
+        for bucket, optimizer in self._optimizers[stage]:
+            held = list(bucket.slices(self._grid.replica))
+            optimizer.update(
+                {part.name: part.of(weights.arrays) for part in held},
+                {part.name: part.of(total.arrays) for part in held},
+                self._step,
+                agreed.scale,
+                agreed.learning_rate,
+            )
+            self._exchange.all_gather(f"STEP{stage}", bucket.of(weights.flat, weights.offsets), bucket.cuts)
+
+    def _agree_once(self) -> _Agreed:
+        if self._agreed is None:
+            self._agreed = self._agree()
+        return self._agreed
+
+    def _agree(self) -> _Agreed:
+        """Complete the gradients, and let every rank know loss, norm and whether to stop."""
+        state, train = self._state, self._state.config.train
+        bubble = self._waiter.waited_s / self._executor.run_s
+        self._exchange.finish()
+        self._tied.add_uses(self._gradients.totals)
+        rows = self._share(bubble)
         loss, norm = self._loss(rows), self._norm(rows)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             error = NumericsError(
-                f"step {step}: loss {loss}, gradient norm {norm}: nothing was updated; lower train.learning_rate"
+                f"step {self._step}: loss {loss}, gradient norm {norm}: nothing was updated; lower train.learning_rate"
                 f" ({train.learning_rate:g}) or train.clip ({train.clip:g}) and go on from the last checkpoint"
             )
             error.on_all_ranks = True
             raise error
-
-        rate = learning_rate(train, step)
+        rate = learning_rate(train, self._step)
         scale = clip_factor(norm, train.clip) / state.tokens_per_step
-        for index, stage in state.stages.items():
-            stage.optimizer.update(stage.parameters.weights.arrays, totals[index].arrays, step, scale, rate)
-        self._gradients.reset()
-        state.step = step
-        bubble = float(rows[:, 1].mean())
-        return StepResult(loss, norm, rate, time.perf_counter() - start, bubble, bool(rows[:, 0].any()))
+        return _Agreed(loss, norm, rate, scale, float(rows[:, 1].mean()), bool(rows[:, 0].any()))
 
-    def _share(self, totals: dict[int, Arena], stop: bool, bubble: float) -> np.ndarray:
+    def _share(self, bubble: float) -> np.ndarray:
         """Give every rank the stop flags, waiting fractions, losses and sums of squares of all ranks."""
         losses = np.zeros(self._num_microbatches)
         if self._state.last_stage in self._state.stages:
             losses[:] = [self._batches[index].loss for index in range(self._num_microbatches)]
         squares = np.zeros(len(self._order))
-        for index, stage in self._state.stages.items():
-            for tensor in stage.owned():
-                squares[self._order[tensor.name]] = sum_of_squares(totals[index].arrays[tensor.name].reshape(-1))
-        return gather_rows(self._grid.comm, self._waiter, np.concatenate(([stop, bubble], losses, squares)))
+        for name, value in self._squares.add(self._gradients.totals).items():
+            squares[self._order[name]] = value
+        return gather_rows(self._grid.comm, self._waiter, np.concatenate(([self._stop, bubble], losses, squares)))
 
     def _loss(self, rows: np.ndarray) -> float:
         """Add the losses of all microbatches in their global order."""

@@ -46,7 +46,7 @@ def train(
     schedule = build_schedule(config)
     config = check_stages(config, schedule.num_stages)
     grid, chosen = make_grid(comm, pipeline, data), config.parallel
-    state = build_state(config, schedule.stage_to_rank, grid.stage_rank)
+    state = build_state(config, schedule.stage_to_rank, grid.stage_rank, grid.replica)
     state.fill_initial()
     per_replica = chosen.microbatches // data
     local = range(grid.replica * per_replica, (grid.replica + 1) * per_replica)
