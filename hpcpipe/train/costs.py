@@ -77,7 +77,7 @@ def obtain_costs(config: Config, grid: Grid, waiter: Waiter, num_local_ranks: in
     num_local_ranks : int
         Ranks on this node.
     """
-    path = cache_path(config, num_local_ranks, grid.pipeline)
+    path = cache_path(config, num_local_ranks)
     content = (_read_fresh(path) if grid.comm.rank == 0 else None) or b""
     content = broadcast_bytes(grid.comm, waiter, content if grid.comm.rank == 0 else None, 0)
     if content:
@@ -88,14 +88,14 @@ def obtain_costs(config: Config, grid: Grid, waiter: Waiter, num_local_ranks: in
     return costs
 
 
-def cache_path(config: Config, num_local_ranks: int, pipeline: int) -> Path:
+def cache_path(config: Config, num_local_ranks: int) -> Path:
     """Return the file that keeps the costs: its name says everything that they depend on."""
     model, parallel = config.model, config.parallel
     facts = [
         _VERSION,
-        *(model.kind, model.width, model.heads, model.context, model.vocab),
+        *(model.kind, model.layers, model.width, model.heads, model.context, model.vocab),
         *(parallel.microbatch_size, config.train.recompute, config.train.precision, parallel.threads),
-        *(num_local_ranks, pipeline > 1, processor.model_name(), processor.features()),
+        *(num_local_ranks, parallel.pipeline, processor.model_name(), processor.features()),
     ]
     return CACHE_DIRECTORY / "costs" / f"{blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()}.json"
 

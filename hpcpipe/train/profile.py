@@ -1,7 +1,7 @@
 """What each layer of a model takes on this processor: a few rounds of every kind of layer, timed."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -16,10 +16,11 @@ from hpcpipe.optim.adamw import MOMENTS, AdamW
 from hpcpipe.pipeline.parameters import Parameters
 from hpcpipe.pipeline.stage import Stage
 
-_LEAST_ROUNDS = 5
+_LEAST_ROUNDS = 4
 _MOST_ROUNDS = 200
-_LEAST_S = 0.4
-_IN_TURN = 3
+_LEAST_S = 0.8
+_IN_TURN = 2
+_STASH_BYTES = 64 << 20
 _STREAM_STD = 0.5
 
 
@@ -47,9 +48,10 @@ class LayerCosts:
 def profile_layers(config: Config) -> list[LayerCosts]:
     """Time the embedding, a block and the head as a stage runs them.
 
-    Several microbatches go forward before they go backward, as in a pipeline, so that what a backward reads has left
-    the caches as it will have then. The medians over the rounds are in processor time: what other programs take does
-    not count. It runs for about half a second, or for a few rounds where layers are large.
+    As in a pipeline, some microbatches go forward through as many blocks as a rank has before they go backward, so that
+    what a backward reads has left the caches as it will have then; beyond 64 MiB of stash more blocks make no
+    difference. The medians over the rounds are in processor time: what other programs take does not count. It runs for
+    about a second, or for four rounds where layers are large.
 
     Parameters
     ----------
@@ -62,22 +64,33 @@ def profile_layers(config: Config) -> list[LayerCosts]:
         Of the embedding, of a block, and of the head.
     """
     layers = build_layers(config.model)
-    timed = [_TimedLayer(config, layer) for layer in (layers[0], layers[1], layers[-1])]
+    embedding, head = _TimedLayer(config, layers[0]), _TimedLayer(config, layers[-1])
+    blocks = [_TimedLayer(config, layers[1])]
+    num_blocks = min(-(-config.model.layers // config.parallel.pipeline), -(-_STASH_BYTES // blocks[0].stash_bytes))
+    blocks += [_TimedLayer(config, layer) for layer in layers[2 : 1 + num_blocks]]
+    timed = [embedding, *blocks, head]
     generator = np.random.default_rng(config.run.seed)
     microbatches = [_random_microbatch(config, generator) for _ in range(_IN_TURN)]
     start = time.perf_counter()
-    for rounds in range(_MOST_ROUNDS):
-        if rounds >= _LEAST_ROUNDS and time.perf_counter() - start > _LEAST_S:
+    for number in range(_MOST_ROUNDS):
+        if number >= _LEAST_ROUNDS and time.perf_counter() - start > _LEAST_S:
             break
         for index, microbatch in enumerate(microbatches):
             for layer in timed:
                 layer.forward(index, microbatch)
         for index, microbatch in enumerate(microbatches):
             for layer in reversed(timed):
-                layer.backward(index, microbatch)
+                # The second of two backwards would find in the caches what the first has read.
+                (layer.backward if number % 2 else layer.backward_in_halves)(index, microbatch)
         for layer in timed:
             layer.update()
-    return [layer.costs() for layer in timed]
+    return [_median_costs(kind) for kind in ([embedding], blocks, [head])]
+
+
+def _median_costs(timed: Sequence["_TimedLayer"]) -> LayerCosts:
+    """Return the medians of what all layers of one kind took."""
+    taken = [[time for layer in timed for time in layer.taken[field.name]] for field in fields(LayerCosts)]
+    return LayerCosts(*(float(np.median(times)) for times in taken))
 
 
 class _TimedLayer:
@@ -105,7 +118,8 @@ class _TimedLayer:
         stored = parameters.layout.stored
         moments = {moment: Arena({tensor.name: tensor.shape for tensor in stored}).arrays for moment in MOMENTS}
         self._optimizer = AdamW(stored, moments, config.train)
-        self._taken: dict[str, list[float]] = {field.name: [] for field in fields(LayerCosts)}
+        self.stash_bytes = _IN_TURN * sum(array.nbytes for array in self._stashes[0].layers[0].values()) or 1
+        self.taken: dict[str, list[float]] = {field.name: [] for field in fields(LayerCosts)}
 
     def _random_stream(self, generator: np.random.Generator) -> np.ndarray:
         return generator.normal(0, _STREAM_STD, self._stage.stream_shape).astype(np.float32)
@@ -117,21 +131,26 @@ class _TimedLayer:
         )
 
     def backward(self, index: int, microbatch: Microbatch) -> None:
-        stage, x, stash = self._stage, self._x[index], self._stashes[index]
-        np.copyto(self._working, self._d)
+        stage, x, stash, d = self._stage, self._x[index], self._stashes[index], self._fresh_gradient()
+        self._time(
+            "backward",
+            lambda: stage.backward(microbatch, x, d, stash, self._shared, self._of_layer, _no_poll),
+        )
+
+    def backward_in_halves(self, index: int, microbatch: Microbatch) -> None:
+        stage, x, stash, d = self._stage, self._x[index], self._stashes[index], self._fresh_gradient()
         self._time(
             "backward_input",
-            lambda: stage.backward_input(microbatch, x, self._working, stash, self._upstream, _no_poll),
+            lambda: stage.backward_input(microbatch, x, d, stash, self._upstream, _no_poll),
         )
         self._time(
             "backward_weight",
             lambda: stage.backward_weight(microbatch, x, stash, self._upstream, self._of_layer, _no_poll),
         )
+
+    def _fresh_gradient(self) -> np.ndarray:
         np.copyto(self._working, self._d)
-        self._time(
-            "backward",
-            lambda: stage.backward(microbatch, x, self._working, stash, self._shared, self._of_layer, _no_poll),
-        )
+        return self._working
 
     def update(self) -> None:
         self._time("update", self._update)
@@ -142,13 +161,10 @@ class _TimedLayer:
         self._optimizer.update(self._weights.arrays, self._gradients.arrays, 1, 1.0, 0.0)
         self._gradients.flat.fill(0.0)
 
-    def costs(self) -> LayerCosts:
-        return LayerCosts(*(float(np.median(taken)) for taken in self._taken.values()))
-
     def _time(self, name: str, call: Callable[[], None]) -> None:
         start = time.thread_time()
         call()
-        self._taken[name].append(time.thread_time() - start)
+        self.taken[name].append(time.thread_time() - start)
 
 
 def _random_microbatch(config: Config, generator: np.random.Generator) -> Microbatch:

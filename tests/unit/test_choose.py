@@ -141,9 +141,9 @@ def test_recomputing_costs_a_forward_more():
 
 def test_the_cache_is_fresh_whole_and_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(costs_module, "CACHE_DIRECTORY", tmp_path)
-    path = costs_module.cache_path(config(), 4, 4)
-    assert path != costs_module.cache_path(config(), 2, 4)
-    assert path != costs_module.cache_path(config(microbatch_size=3), 4, 4)
+    path = costs_module.cache_path(config(), 4)
+    assert path != costs_module.cache_path(config(), 2)
+    assert path != costs_module.cache_path(config(microbatch_size=3), 4)
     assert costs_module._read_fresh(path) is None
     costs_module._keep(path, measured(head=2.0))
     content = costs_module._read_fresh(path)
