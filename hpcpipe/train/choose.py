@@ -20,6 +20,7 @@ GREEDY = "greedy"
 _WORTH = 0.01
 _EQUAL = 0.002
 _CHUNKS = (2, 3, 4, 8)
+_MOST_FOR_GREEDY = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,9 @@ def _options(config: Config) -> Iterator[tuple[Config, int]]:
         elif generator.chunks:
             counts = [generator.chunks]
         elif name == GREEDY:
-            counts = [1, *counts]
+            # Its search takes seconds for each ten thousand forwards.
+            flow = parallel.pipeline * parallel.microbatches // parallel.data
+            counts = [count for count in (1, *counts) if count * flow <= _MOST_FOR_GREEDY]
         for chunks in counts:
             if name != FORWARD and parallel.chunks in (0, chunks):
                 option = replace(config, parallel=replace(parallel, schedule=name, chunks=chunks))

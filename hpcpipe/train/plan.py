@@ -44,6 +44,8 @@ def make_plan(session: Session) -> Candidate:
     measured = obtain_costs(config, grid, waiter, session.num_local_ranks)
     cores = cores_of_pipeline(config, session.num_local_ranks, session.num_local_cores)
     plan, choice = None, None
+    if config.parallel.schedule == AUTO:
+        session.console.say("schedule auto: simulating what could run")
     with together(grid.comm, waiter):
         if config.parallel.schedule == AUTO:
             limit_bytes = memory().available_bytes / session.num_local_ranks
