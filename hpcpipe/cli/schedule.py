@@ -18,9 +18,10 @@ _COSTS_HELP = (
     " of the weights (default 1,1,1)"
 )
 _MAX_STASH_HELP = (
-    "the most that a rank may stash, in activations of one microbatch through all layers of one rank; greedy plans"
-    " within it (default: as many as there are ranks)"
+    "the most that a rank may stash, in activations of one microbatch through all layers of one rank: greedy plans"
+    " within it, and other schedules are held to it (default: as many as there are ranks for greedy, no limit else)"
 )
+_MAX_IN_FLIGHT_HELP = "the most messages that a rank may have sent and nobody taken up, on a clock where F = I = W"
 _RULES = (
     "every action stands once, on the rank of its stage",
     "every stage runs every microbatch forward, then backward once, as B or as I and W",
@@ -58,6 +59,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         description="Prove a schedule, or say which rank breaks which rule. Exit code 64 when a rule is broken.",
     )
     _add_source(checked, "print one JSON object, keys ok, rules, num_actions and num_messages")
+    checked.add_argument("--max-in-flight", type=int, metavar="N", help=_MAX_IN_FLIGHT_HELP)
     checked.set_defaults(run=run_check)
 
     simulated = actions.add_parser(
@@ -116,12 +118,20 @@ def run_check(args: argparse.Namespace) -> int:
         Exit code 0.
     """
     program = _load(args)
+    rules = [*_RULES]
+    if args.max_stash is not None:
+        rules.append(f"no rank stashes more than {args.max_stash:g} activations")
+    if args.max_in_flight is not None:
+        from hpcpipe.schedule.check import check
+
+        check(program, max_in_flight=args.max_in_flight)
+        rules.append(f"no rank has more than {args.max_in_flight} messages in flight where F = I = W")
     if args.json:
-        print(json.dumps({**_facts(program), "ok": True, "rules": list(_RULES)}, indent=2))
+        print(json.dumps({**_facts(program), "ok": True, "rules": rules}, indent=2))
     else:
         facts = _facts(program)
         counts = f"{facts['num_actions']:,} actions, {facts['num_messages']:,} messages"
-        print("\n".join([f"{_headline(program)}: ok, {counts}", *(f"  holds: {rule}" for rule in _RULES)]))
+        print("\n".join([f"{_headline(program)}: ok, {counts}", *(f"  holds: {rule}" for rule in rules)]))
     return ExitCode.DONE
 
 
@@ -184,21 +194,23 @@ def _load(args: argparse.Namespace) -> "Schedule":
     times = _times(args)
 
     from hpcpipe.schedule.build import GENERATORS, build
+    from hpcpipe.schedule.check import check
     from hpcpipe.schedule.csv_file import build_from_csv, write_csv
     from hpcpipe.schedule.simulate import Costs
 
+    ranks, microbatches, chunks = args.ranks or 0, args.microbatches or 0, args.chunks or 0
     if args.source.endswith(".csv"):
         program = build_from_csv(_read(Path(args.source)), args.source)
         _require_agreement(args, program)
+        if args.max_stash is not None:
+            check(program, [args.max_stash] * program.num_ranks)
     else:
         missing = [f"--{key}" for key in ("ranks", "microbatches") if getattr(args, key) is None]
         if missing and args.source in GENERATORS:
             raise UsageError(f"the schedule {args.source} needs {' and '.join(missing)}; only a .csv file has its own")
-        ranks, microbatches, chunks = args.ranks or 0, args.microbatches or 0, args.chunks or 0
-        costs = max_stash = None
-        if args.source == "greedy" and ranks > 0 and chunks >= 0:
-            costs = Costs.even(ranks, ranks * (chunks or 2), *times)
-            max_stash = None if args.max_stash is None else [args.max_stash] * ranks
+        planned = args.source == "greedy" and ranks > 0 and chunks >= 0
+        costs = Costs.even(ranks, ranks * (chunks or 2), *times) if planned else None
+        max_stash = None if args.max_stash is None else [args.max_stash] * ranks
         program = build(args.source, ranks, microbatches, chunks, costs, max_stash)
     if args.csv is not None:
         _write(args.csv, write_csv(_listed(program, args.messages)))
@@ -228,6 +240,8 @@ def _times(args: argparse.Namespace) -> tuple[float, float, float, float]:
         raise UsageError(f"--costs {args.costs}: give three times, 0 or more and the first above 0, such as 1,1.2,0.8")
     if not 0 <= args.message < math.inf:
         raise UsageError(f"--message {args.message}: give the time that a message takes, 0 or more")
+    if args.max_stash is not None and not args.max_stash > 0:
+        raise UsageError(f"--max-stash {args.max_stash:g}: give a number of activations above 0")
     return costs[0], costs[1], costs[2], args.message
 
 

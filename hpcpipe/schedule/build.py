@@ -93,7 +93,8 @@ def generate(
     num_chunks : int
         Stages per rank; 0 for what the schedule is defined for, or two where it may be any number.
     costs, max_stash
-        What `greedy` plans with, as it takes them; the other schedules depend on neither.
+        What `greedy` plans with, as it takes them; other schedules depend on neither. `build` holds them all to
+        ``max_stash``.
 
     Raises
     ------
@@ -135,7 +136,7 @@ def build(
         The lowered schedule, ready to be executed.
     """
     program = lower(generate(name, num_ranks, num_microbatches, num_chunks, costs, max_stash))
-    check(program)
+    check(program, max_stash)
     return program
 
 

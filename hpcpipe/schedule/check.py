@@ -1,14 +1,17 @@
 """The proof that a schedule is complete, ordered, and free of deadlock."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from hpcpipe.schedule.action import Kind, Schedule
 from hpcpipe.schedule.flat import Table, Truths
+from hpcpipe.schedule.limits import check_in_flight, check_stash
 from hpcpipe.schedule.positions import Positions, failure, locate
 from hpcpipe.schedule.replay import replay
 
 
-def check(schedule: Schedule) -> None:
+def check(schedule: Schedule, max_stash: Sequence[float] | None = None, max_in_flight: int | None = None) -> None:
     """Prove a lowered schedule, or say which rank breaks which rule at which position.
 
     The rules: every action stands on the rank of its stage and exists once; every stage runs every microbatch forward
@@ -22,6 +25,10 @@ def check(schedule: Schedule) -> None:
     ----------
     schedule : Schedule
         Compute actions and messages, as returned by `lower`.
+    max_stash : sequence of float, optional
+        The most that each rank may stash, in activations of one microbatch through all its layers.
+    max_in_flight : int, optional
+        The most messages that a rank may have sent and nobody taken up, on a clock where F = I = W.
 
     Raises
     ------
@@ -32,6 +39,10 @@ def check(schedule: Schedule) -> None:
     for rule in (_complete, _ordered, _ascending, _matched, _updated):
         rule(schedule, positions)
     replay(schedule, positions)
+    if max_stash is not None:
+        check_stash(schedule, positions, max_stash)
+    if max_in_flight is not None:
+        check_in_flight(schedule, positions, max_in_flight)
 
 
 def _require(schedule: Schedule, holds: Truths, position: Table | None, rule: str) -> None:

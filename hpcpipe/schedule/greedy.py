@@ -12,6 +12,7 @@ from hpcpipe.schedule.controllable_memory import v_half, v_min
 from hpcpipe.schedule.dualpipe_v import dualpipe_v
 from hpcpipe.schedule.gpipe import gpipe, looped_bfs
 from hpcpipe.schedule.interleaved import interleaved, interleaved_zero_bubble
+from hpcpipe.schedule.limits import stashes_within
 from hpcpipe.schedule.list_scheduler import Arranged, Policy, arrange
 from hpcpipe.schedule.one_forward_one_backward import eager_one_forward_one_backward, one_forward_one_backward
 from hpcpipe.schedule.placement import looped, v_shaped
@@ -22,7 +23,7 @@ from hpcpipe.schedule.zero_bubble import zb_h1, zb_h2
 _OVERHANGS = (0.0, 0.5, 0.9)
 _PRECISION = 1e-9
 
-_Candidate = Callable[[Costs, Sequence[int], float], Arranged | None]
+_Candidate = Callable[[Costs, Sequence[float], float], Arranged | None]
 
 
 def greedy(
@@ -74,7 +75,7 @@ def greedy(
     return _with_whole_backwards(Schedule("greedy", num_microbatches, tuple(placement), whole), costs)
 
 
-def _limits(placement: Sequence[int], max_stash: Sequence[float]) -> list[int]:
+def _limits(placement: Sequence[int], max_stash: Sequence[float]) -> list[float]:
     """Return how many stashes, of one stage each, fit on each rank."""
     num_ranks = max(placement) + 1
     if len(max_stash) != num_ranks:
@@ -87,8 +88,7 @@ def _limits(placement: Sequence[int], max_stash: Sequence[float]) -> list[int]:
                 f"rank {rank} may stash {limit:g} activations, and cannot run with less than 1, one microbatch through"
                 " all its layers: raise the limit"
             )
-    most = [min(limit, 1e9) * list(placement).count(rank) for rank, limit in enumerate(max_stash)]
-    return [math.floor(stashes * (1 + _PRECISION)) for stashes in most]
+    return [stashes_within(limit, list(placement).count(rank)) for rank, limit in enumerate(max_stash)]
 
 
 def _check_costs(costs: Costs, num_stages: int) -> None:
@@ -141,7 +141,7 @@ def _candidates(placement: tuple[int, ...], num_microbatches: int, with_whole: b
             yield partial(arrange, placement, num_microbatches, policy, None)
 
 
-def _as_it_is(fixed: Schedule, costs: Costs, limits: Sequence[int], below: float) -> Arranged | None:
+def _as_it_is(fixed: Schedule, costs: Costs, limits: Sequence[float], below: float) -> Arranged | None:
     """Return a fixed schedule if it keeps the limits and has a makespan below a bound."""
     stages = [fixed.stage_to_rank.count(rank) for rank in range(fixed.num_ranks)]
     peaks = [round(peak * count) for peak, count in zip(peak_stash(fixed), stages, strict=True)]

@@ -54,7 +54,7 @@ class _Rank:
 
     number: int
     stages: list[int]
-    limit: int
+    limit: float
     order: deque[Action] | None
     # The time of everything that it has yet to start.
     work: float
@@ -72,7 +72,7 @@ def arrange(
     policy: Policy,
     orders: Sequence[Sequence[Action]] | None,
     costs: Costs,
-    limits: Sequence[int],
+    limits: Sequence[float],
     below: float = _NEVER,
 ) -> Arranged | None:
     """Run a simulation in which the ranks choose what to do next.
@@ -89,7 +89,7 @@ def arrange(
         An order of F and I for each rank, which is kept; without it, the ranks choose that too.
     costs : Costs
         What actions and messages take.
-    limits : sequence of int
+    limits : sequence of float
         The most stashes, over all its stages, that each rank may hold.
     below : float
         Give up when the makespan cannot be less.
@@ -114,7 +114,7 @@ class _Scheduler:
         policy: Policy,
         orders: Sequence[Sequence[Action]] | None,
         costs: Costs,
-        limits: Sequence[int],
+        limits: Sequence[float],
     ) -> None:
         num_stages = len(placement)
         self._placement = placement

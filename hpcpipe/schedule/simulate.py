@@ -10,7 +10,8 @@ from hpcpipe.errors import UsageError
 from hpcpipe.schedule.action import Kind, Schedule
 from hpcpipe.schedule.buffers import peak_stash
 from hpcpipe.schedule.clock import needs_of, run
-from hpcpipe.schedule.flat import KINDS, Table, Times, flatten
+from hpcpipe.schedule.flat import KINDS, Times, flatten
+from hpcpipe.schedule.limits import in_flight
 from hpcpipe.schedule.shared_cores import run_on_shared_cores
 
 
@@ -164,6 +165,7 @@ def simulate(schedule: Schedule, costs: Costs, cores: float | None = None) -> Ti
 
     busy = tuple(map(sum, per_rank(durations)))
     makespan = float(ends.max(initial=0.0))
+    _, counts = in_flight(flat.rank[needs[crosses]], ends[needs[crosses]], starts[crosses])
     return Timeline(
         starts=tuple(map(tuple, per_rank(starts))),
         ends=tuple(map(tuple, per_rank(ends))),
@@ -171,7 +173,7 @@ def simulate(schedule: Schedule, costs: Costs, cores: float | None = None) -> Ti
         makespan=makespan,
         bubble=makespan - sum(busy) / len(busy),
         peak_stash=peak_stash(schedule),
-        max_in_flight=_max_in_flight(flat.rank[needs[crosses]], ends[needs[crosses]], starts[crosses]),
+        max_in_flight=int(counts.max(initial=0)),
     )
 
 
@@ -181,12 +183,3 @@ def _table(schedule: Schedule, costs: Costs) -> Times:
     for kind, row in costs.by_kind().items():
         table[KINDS.index(kind)] = row
     return table
-
-
-def _max_in_flight(senders: Table, sent: Times, taken: Times) -> int:
-    """Count, per sender, the messages between the end of their action and the start of the one that takes them."""
-    rank = np.concatenate((senders, senders))
-    change = np.repeat([1, -1], len(senders))
-    # A message that is taken up at the moment it is sent is not in flight; what one sender sends is all taken up.
-    order = np.lexsort((change, np.concatenate((sent, taken)), rank))
-    return int(np.cumsum(change[order]).max(initial=0))

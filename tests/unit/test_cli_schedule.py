@@ -132,6 +132,23 @@ def test_check_says_what_holds(call):
     assert found["ok"] is True and len(found["rules"]) == 6 and found["num_messages"] == 96
 
 
+def test_check_holds_schedules_to_limits(call, tmp_path):
+    file = tmp_path / "zb-h1.csv"
+    call("check", "zb-h1", *SMALL, "--csv", file)
+    for words in (("zb-h1", *SMALL), (file,)):
+        out = call("check", *words, "--max-stash", 4, "--max-in-flight", 1)[1]
+        assert "holds: no rank stashes more than 4 activations" in out
+        assert "holds: no rank has more than 1 messages in flight where F = I = W" in out
+        code, _, err = call("check", *words, "--max-stash", 3)
+        assert code == ExitCode.USAGE
+        assert re.search(r"rank 0, position \d+, F0.3: the stash grows to 4 activations, and the limit is 3", err)
+    code, _, err = call("check", "looped-bfs", *SMALL, "--max-in-flight", 3)
+    assert code == ExitCode.USAGE
+    assert re.search(
+        r"rank \d, position \d+, SEND_\S+: too many messages are in flight: 4 at most where F = I = W", err
+    )
+
+
 def test_a_file_can_be_written_edited_and_read(call, tmp_path):
     file = tmp_path / "mine.csv"
     call("check", "zb-h1", *SMALL, "--csv", file)
@@ -183,6 +200,8 @@ def test_svg_is_written(call, tmp_path):
             ("show", "greedy", *SMALL, "--max-stash", "0.5"),
             "rank 0 may stash 0.5 activations, and cannot run with less",
         ),
+        (("simulate", "1f1b", *SMALL, "--max-stash", "-1"), "--max-stash -1: give a number of activations above 0"),
+        (("check", "1f1b", *SMALL, "--max-in-flight", "x"), "invalid int value: 'x'"),
         (("show", "1f1b", *SMALL, "--svg", "no/such/place.svg"), "cannot write no/such/place.svg: No such file"),
         (("show", "1f1b", *SMALL, "--csv", "no/such/place.csv"), "cannot write no/such/place.csv"),
         (("show", "1f1b", *SMALL, "--action"), "did you mean --actions?"),

@@ -220,3 +220,85 @@ def test_the_judge_of_mutants_can_tell():
     assert not is_sound(with_lists(program, lists), program), "two sends that wait for each other's receives"
     lists[0].insert(3, lists[0].pop(4))
     assert is_sound(with_lists(program, lists), program), "the receive posted before the send"
+
+
+def stash_of(program, rank):
+    """Count a rank's stashes after each action, one action after the other."""
+    live, counts = 0, []
+    for action in program.actions[rank]:
+        live += (action.kind is F) - (action.kind in (B, W))
+        counts.append(live)
+    return counts
+
+
+def in_flight_of(program):
+    """Count each rank's messages in flight on a clock of turns, turn after turn, without the simulator."""
+    lists = [[action for action in actions if action.kind in (F, B, I, W)] for actions in program.actions]
+    ends, at, clock = {}, [0] * len(lists), [0] * len(lists)
+    taken = {}
+    progress = True
+    while progress:
+        progress = False
+        for rank, actions in enumerate(lists):
+            while at[rank] < len(actions):
+                kind, s, k = actions[at[rank]]
+                source = ("F", s - 1, k) if kind is F else ("B", s + 1, k)
+                if kind is W or not 0 <= source[1] < program.num_stages:
+                    ready = 0
+                elif source in ends:
+                    ready = ends[source]
+                else:
+                    break
+                start = max(clock[rank], ready)
+                if kind is not W and 0 <= source[1] < program.num_stages:
+                    taken[source] = start
+                clock[rank] = start + (2 if kind is B else 1)
+                if kind is not W:
+                    ends["F" if kind is F else "B", s, k] = clock[rank]
+                at[rank] += 1
+                progress = True
+    placement = program.stage_to_rank
+    peaks = [0] * len(lists)
+    for rank in range(len(lists)):
+        spans = [
+            (ends[made], start)
+            for made, start in taken.items()
+            if placement[made[1]] == rank and placement[made[1] + (1 if made[0] == "F" else -1)] != rank
+        ]
+        peaks[rank] = max((sum(a <= time < b for a, b in spans) for time, _ in spans), default=0)
+    return peaks
+
+
+@pytest.mark.parametrize("name", [name for name in GENERATORS if name != "forward"])
+def test_limits_are_kept_or_refused(name):
+    """Sound mutants have other peaks; each passes with its own as the limit and is refused with anything less."""
+    dice = random.Random(f"{name} limits")
+    for original in programs(name):
+        chunks = original.num_stages // original.num_ranks
+        found = 0
+        while found < 10:
+            mutant = mutate(original, dice.choice(CHANGES_OF_ORDER), dice)
+            if not is_sound(mutant, original):
+                continue
+            found += 1
+            peaks = [max(stash_of(mutant, rank)) for rank in range(mutant.num_ranks)]
+            flights = in_flight_of(mutant)
+            limits = [peak / chunks for peak in peaks]
+            check(mutant, limits, max(flights))
+            rank = dice.randrange(mutant.num_ranks)
+            over = stash_of(mutant, rank).index(peaks[rank])
+            limits[rank] = (peaks[rank] - 0.5) / chunks
+            rule = rf"rank {rank}, position {over}, F\S+: the stash grows to {peaks[rank] / chunks:g} activations"
+            with pytest.raises(UsageError, match=rule):
+                check(mutant, limits)
+            if max(flights) > 0:
+                first = flights.index(max(flights))
+                with pytest.raises(UsageError, match=rf"rank {first}, position \d+, SEND_\S+: too many messages"):
+                    check(mutant, None, max(flights) - 1)
+
+
+def test_the_judge_of_limits_can_tell():
+    program = build("looped-bfs", 4, 16)
+    assert max(in_flight_of(program)) == 12 and max(stash_of(program, 0)) == 32
+    assert in_flight_of(build("1f1b", 3, 4)) == [1, 1, 0]
+    assert [max(stash_of(build("1f1b", 3, 4), rank)) for rank in range(3)] == [3, 2, 1]
