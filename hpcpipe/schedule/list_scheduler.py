@@ -127,7 +127,7 @@ class _Scheduler:
         self._inputs[0].extend([0.0] * num_microbatches)
         self._gradients: list[deque[float]] = [deque() for _ in range(num_stages)]
         self._next = {kind: [0] * num_stages for kind in (Kind.F, Kind.I)}
-        self._num_actions = 3 * num_stages * num_microbatches
+        self._num_left = 3 * num_stages * num_microbatches
         self._events: list[tuple[float, int]] = []
         held: list[list[int]] = [[] for _ in limits]
         for stage, rank in enumerate(placement):
@@ -161,8 +161,7 @@ class _Scheduler:
                 if now + rank.work >= below:
                     return None
                 self._start(rank, action, now)
-        done = sum(1 + (action.kind is Kind.B) for rank in self._ranks for action in rank.actions)
-        if done < self._num_actions:
+        if self._num_left > 0:
             return None
         return max(rank.free_at for rank in self._ranks), tuple(tuple(rank.actions) for rank in self._ranks)
 
@@ -180,14 +179,18 @@ class _Scheduler:
     def _next_in_order(self, rank: _Rank, now: float) -> Action | None:
         if not rank.order:
             return self._weights(rank)
-        kind, stage, _ = rank.order[0]
-        arrivals = self._inputs[stage] if kind is Kind.F else self._gradients[stage]
-        if kind is Kind.F and rank.stashes >= rank.limit:
+        action = rank.order[0]
+        is_forward = action.kind is Kind.F
+        if is_forward and rank.stashes >= rank.limit:
             return self._weights(rank)
-        if arrivals and arrivals[0] <= now + self._tolerance:
-            rank.order.popleft()
-            return self._accept(kind, stage)
-        return self._weights(rank, arrivals[0] - now if arrivals else _NEVER)
+        arrivals = (self._inputs if is_forward else self._gradients)[action.stage]
+        if not arrivals or arrivals[0] > now + self._tolerance:
+            return self._weights(rank, arrivals[0] - now if arrivals else _NEVER)
+        arrivals.popleft()
+        rank.order.popleft()
+        if is_forward or not (action.stage == 0 or self._policy.whole):
+            return action
+        return action._replace(kind=Kind.B)
 
     def _free_choice(self, rank: _Rank, now: float) -> Action | None:
         policy, until = self._policy, now + self._tolerance
@@ -238,6 +241,7 @@ class _Scheduler:
         kind, stage, k = action
         end = now + self._times[kind][stage]
         rank.actions.append(action)
+        self._num_left -= 2 if kind is Kind.B else 1
         rank.work -= end - now
         rank.free_at = end
         heappush(self._events, (end, rank.number))
@@ -259,6 +263,9 @@ class _Scheduler:
     def _deliver(self, arrivals: deque[float], sender: _Rank, receiver: int, end: float) -> None:
         if receiver == sender.number:
             arrivals.append(end)
-        else:
-            arrivals.append(end + self._message)
-            heappush(self._events, (end + self._message, receiver))
+            return
+        arrival = end + self._message
+        arrivals.append(arrival)
+        # A receiver that is busy then looks around when it has finished.
+        if self._ranks[receiver].free_at <= arrival:
+            heappush(self._events, (arrival, receiver))
