@@ -10,6 +10,7 @@ from hpcpipe.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from hpcpipe.schedule.action import Schedule
+    from hpcpipe.schedule.bubble import BubbleParts
     from hpcpipe.schedule.simulate import Timeline
 
 _SOURCE_HELP = "name of a schedule, such as 1f1b, or a file that ends in .csv, ours or PyTorch's"
@@ -30,6 +31,10 @@ _RULES = (
     "no deadlock, even if every send blocks until its receive is posted",
     "gradients are reduced after the last of them, and weights updated after everything else",
 )
+
+
+# What causes the bubble, as `split_bubble` splits it.
+_PARTS = ("schedule", "imbalance", "messages")
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
@@ -68,7 +73,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         description="Run a schedule against a clock. A stash is counted in activations of one microbatch through all"
         " layers of one rank.",
     )
-    _add_source(simulated, "print one JSON object, keys makespan, bubble, peak_stash, max_in_flight and others")
+    _add_source(simulated, "print one JSON object, keys makespan, bubble, bubble_parts, peak_stash and others")
     _add_svg(simulated)
     simulated.set_defaults(run=run_simulate)
 
@@ -143,9 +148,11 @@ def run_simulate(args: argparse.Namespace) -> int:
     int
         Exit code 0.
     """
-    from hpcpipe.cli.picture import rank_label
+    from hpcpipe.schedule.bubble import split_bubble
+    from hpcpipe.schedule.simulate import Costs
 
     program, timeline = _simulated(args)
+    parts = split_bubble(program, Costs.uniform(program, *_times(args)))
     if args.json:
         found = {
             **_facts(program),
@@ -157,15 +164,32 @@ def run_simulate(args: argparse.Namespace) -> int:
             "busy": list(timeline.busy),
             "fill_and_drain": timeline.fill_and_drain,
             "waiting": timeline.waiting,
+            "bubble_parts": dict(zip(_PARTS, parts.whole, strict=True)),
+            "bubble_parts_per_rank": {name: list(getattr(parts, name)) for name in _PARTS},
         }
         print(json.dumps(found, indent=2))
         return ExitCode.DONE
-    print(f"{_headline(program)}\n{_figures(timeline)}\n")
-    print(f"{'':<{len(rank_label(program, 0))}}{'busy':>10}{'fill, drain':>14}{'waiting':>10}{'stash':>9}")
+    _print_idle_time(program, timeline, parts)
+    return ExitCode.DONE
+
+
+def _print_idle_time(program: "Schedule", timeline: "Timeline", parts: "BubbleParts") -> None:
+    """Print where and why ranks are idle: the bubble by cause, and a table with one row per rank."""
+    from hpcpipe.cli.picture import rank_label
+
+    def shown(part: float) -> str:
+        # A difference of two makespans has their rounding error.
+        return f"{part if abs(part) > 1e-9 * timeline.makespan else 0:.4g}"
+
+    causes = ", ".join(f"{name} {shown(part)}" for name, part in zip(_PARTS, parts.whole, strict=True))
+    print(f"{_headline(program)}\n{_figures(timeline)}\nbubble by cause: {causes}\n")
+    heads = f"{'busy':>10}{'fill, drain':>14}{'waiting':>10}{'stash':>9}"
+    print(f"{'':<{len(rank_label(program, 0))}}{heads}   {''.join(f'{name:>11}' for name in _PARTS)}")
     columns = (timeline.busy, timeline.fill_and_drain, timeline.waiting, timeline.peak_stash)
     for rank, (busy, outside, waiting, stash) in enumerate(zip(*columns, strict=True)):
-        print(f"{rank_label(program, rank)}{busy:>10.6g}{outside:>14.6g}{waiting:>10.4g}{stash:>9.4g}")
-    return ExitCode.DONE
+        by_cause = "".join(f"{shown(getattr(parts, name)[rank]):>11}" for name in _PARTS)
+        row = f"{busy:>10.6g}{outside:>14.6g}{waiting:>10.4g}{stash:>9.4g}   {by_cause}"
+        print(f"{rank_label(program, rank)}{row}")
 
 
 def _add_source(parser: argparse.ArgumentParser, json_help: str) -> None:

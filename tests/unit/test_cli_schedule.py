@@ -49,6 +49,10 @@ def test_idle_time_is_all_accounted_for(call, name):
     found = json.loads(call("simulate", name, *SMALL, "--json", "--costs", "1,1.3,0.7", "--message", "0.1")[1])
     parts = zip(found["busy"], found["fill_and_drain"], found["waiting"], strict=True)
     assert [sum(part) for part in parts] == pytest.approx([found["makespan"]] * 4)
+    assert sum(found["bubble_parts"].values()) == pytest.approx(found["bubble"])
+    causes = (found["bubble_parts_per_rank"][cause] for cause in ("schedule", "imbalance", "messages"))
+    parts = zip(found["busy"], *causes, strict=True)
+    assert [sum(part) for part in parts] == pytest.approx([found["makespan"]] * 4)
 
 
 def test_costs_chunks_and_messages_reach_the_clock(call):
@@ -77,7 +81,10 @@ def test_greedy_plans_with_costs_and_memory(call):
 def test_simulate_prints_a_table_for_people(call):
     out = call("simulate", "zb-h1", *SMALL)[1]
     assert out.startswith("zb-h1: 4 ranks, 4 stages, 8 microbatches\nmakespan 27, bubble 3 (11.1 %), stash at most 4")
-    assert re.search(r"^rank 3 +24 +3 +0 +4$", out, re.MULTILINE)
+    assert "\nbubble by cause: schedule 3, imbalance 0, messages 0\n" in out
+    assert re.search(r"^rank 3 +24 +3 +0 +4 +3 +0 +0$", out, re.MULTILINE)
+    out = call("simulate", "1f1b", "--ranks", 4, "--microbatches", 16, "--message", 0.1)[1]
+    assert "\nbubble by cause: schedule 9, imbalance 0, messages 2.8\n" in out
 
 
 def test_show_draws_with_letters_where_there_is_no_terminal(call):
