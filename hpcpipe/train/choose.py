@@ -1,12 +1,13 @@
 """Choosing partition and schedule: every candidate is simulated with measured costs, and the fastest that fits wins."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from hpcpipe.config.check import check_stages
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import UsageError
-from hpcpipe.model.partition import balance_blocks
+from hpcpipe.model.gpt2 import build_layers
+from hpcpipe.model.partition import balance_blocks, partition
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.schedule.build import GENERATORS, build
 from hpcpipe.train.costs import MeasuredCosts
@@ -99,7 +100,8 @@ def plan_schedule(
         stages, limit = stage_costs(cut, measured), [stash] * schedule.num_ranks if stash else None
         schedule = build(GREEDY, schedule.num_ranks, schedule.num_microbatches, parallel.chunks, stages, limit)
     config = replace(config, parallel=replace(parallel, partition=cut))
-    prediction = predict(schedule, cut, measured, parallel.data, cores)
+    exchange_s = _exchange_s(config, schedule, cut, measured)
+    prediction = predict(schedule, cut, measured, parallel.data, cores, exchange_s)
     memory_bytes = max(predict_bytes(config, schedule, rank) for rank in range(schedule.num_ranks))
     return Candidate(config, schedule, prediction, memory_bytes, stash)
 
@@ -149,6 +151,19 @@ def choose_schedule(
         return Choice(plain[0], tuple(ranking), refused)
     equal = [candidate for candidate in ranking if candidate.prediction.step_s <= best_s * (1 + _EQUAL)]
     return Choice(min(equal, key=lambda candidate: candidate.memory_bytes), tuple(ranking), refused)
+
+
+def _exchange_s(config: Config, schedule: Schedule, cut: Sequence[int], measured: MeasuredCosts) -> float:
+    """Return what a reduce-scatter of gradients and an all-gather of weights take the rank with most of them."""
+    model, parallel = config.model, config.parallel
+    layers = build_layers(model)
+    sizes = [
+        sum(tensor.size for layer in layers[held.start : held.stop] for tensor in layer.tensors)
+        for held in partition(layers, schedule.num_stages, cut)
+    ]
+    largest = max(sum(sizes[stage] for stage in schedule.stages_of(rank)) for rank in range(schedule.num_ranks))
+    streams = largest / (parallel.microbatch_size * model.context * model.width)
+    return 2 * (parallel.data - 1) / parallel.data * streams * measured.message_s
 
 
 def _label(config: Config, stash: int) -> str:

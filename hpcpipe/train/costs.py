@@ -109,8 +109,8 @@ def _measure(config: Config, grid: Grid, waiter: Waiter) -> MeasuredCosts:
     medians = np.median(rows, axis=0).reshape(len(_KINDS), -1).tolist()
     kinds = {kind: LayerCosts(*costs) for kind, costs in zip(_KINDS, medians, strict=True)}
     stream_bytes = 4 * parallel.microbatch_size * model.context * model.width
-    message_s = measure_message_s(grid.pipeline_comm, waiter, stream_bytes)
-    message_s = float(gather_rows(grid.comm, waiter, np.array([message_s])).max())
+    # Neighbours among all ranks are neighbours in a pipeline, or replicas where a pipeline is one rank.
+    message_s = measure_message_s(grid.comm, waiter, stream_bytes)
     return MeasuredCosts(**kinds, message_s=message_s, measured=now(), from_cache=False)
 
 

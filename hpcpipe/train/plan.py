@@ -127,6 +127,7 @@ def _facts(candidate: Candidate) -> dict[str, Any]:
         "step_s": prediction.step_s,
         "pipeline_s": prediction.pipeline_s,
         "update_s": prediction.update_s,
+        "exchange_s": prediction.exchange_s,
         "bubble": prediction.timeline.bubble / prediction.timeline.makespan,
         "peak_stash": prediction.timeline.peak_stash,
         "memory_bytes": candidate.memory_bytes,

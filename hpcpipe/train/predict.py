@@ -17,9 +17,10 @@ class Prediction:
     Attributes
     ----------
     step_s : float
-        The whole step: pipeline and update.
-    pipeline_s, update_s : float
-        From the first forward to the last backward, and what the optimizer takes behind it.
+        The whole step: the three parts.
+    pipeline_s, update_s, exchange_s : float
+        From the first forward to the last backward; what the optimizer takes behind it; what the replicas take to
+        sum gradients and to share the updated weights, as if nothing of it were hidden behind the backward.
     timeline : Timeline
         Of the pipeline.
     """
@@ -27,11 +28,17 @@ class Prediction:
     step_s: float
     pipeline_s: float
     update_s: float
+    exchange_s: float
     timeline: Timeline
 
 
 def predict(
-    schedule: Schedule, blocks_per_stage: Sequence[int], measured: MeasuredCosts, data: int, cores: float | None
+    schedule: Schedule,
+    blocks_per_stage: Sequence[int],
+    measured: MeasuredCosts,
+    data: int,
+    cores: float | None,
+    exchange_s: float = 0.0,
 ) -> Prediction:
     """Predict the step of a pipeline.
 
@@ -47,6 +54,8 @@ def predict(
         Replicas, over which the optimizer's work is shared.
     cores : float or None
         Cores that the ranks of the pipeline share; None if each has its own.
+    exchange_s : float
+        Seconds of the sums over replicas.
     """
     layers = layers_of_stages(blocks_per_stage, measured)
     timeline = simulate(schedule, costs_of(layers, measured.message_s), cores)
@@ -54,7 +63,7 @@ def predict(
     ranks = [sum(updates[stage] for stage in schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
     # All ranks update at the same time, and the step ends with the slowest.
     update_s = max(ranks) if cores is None else max(*ranks, sum(ranks) / cores)
-    return Prediction(timeline.makespan + update_s, timeline.makespan, update_s, timeline)
+    return Prediction(timeline.makespan + update_s + exchange_s, timeline.makespan, update_s, exchange_s, timeline)
 
 
 def stage_costs(blocks_per_stage: Sequence[int], measured: MeasuredCosts) -> Costs:

@@ -43,6 +43,16 @@ def test_a_prediction_is_the_simulated_pipeline_and_the_slowest_update():
     assert one_core.step_s == pytest.approx(8 * 8 * 3 + 0.8)
 
 
+def test_replicas_take_time_to_agree():
+    alone, two, four = (config(2, data=1), config(4, data=2), config(8, data=4))
+    plans = [
+        plan_schedule(check_stages(c, 2), build("1f1b", 2, 8 // d), measured(message_s=1.0), None)
+        for c, d in ((alone, 1), (two, 2), (four, 4))
+    ]
+    times = [plan.prediction.exchange_s for plan in plans]
+    assert times[0] == 0 and times[1] > 0 and times[2] == pytest.approx(1.5 * times[1])
+
+
 def test_embedding_and_head_count_where_they_are():
     stages = costs_of(layers_of_stages([1, 2, 0], measured(embedding=0.5, head=3.0)), message_s=0.1)
     assert stages.forward == [1.5, 2.0, 3.0]
