@@ -5,8 +5,6 @@ from mpi4py import MPI
 
 from hpcpipe.mpi.wait import Waiter
 
-_CHUNK = 1 << 20
-
 
 def barrier(comm: MPI.Intracomm, waiter: Waiter) -> None:
     """Wait until every rank of the communicator is here."""
@@ -47,12 +45,6 @@ def broadcast_bytes(comm: MPI.Intracomm, waiter: Waiter, content: bytes | None, 
     return buffer.tobytes()
 
 
-def exchange(comm: MPI.Intracomm, waiter: Waiter, peer: int, send: np.ndarray, receive: np.ndarray) -> None:
-    """Swap one array with a peer, which calls it too; both arrays are the caller's, contiguous and of one size."""
-    requests = [comm.Irecv(receive, peer, 0), comm.Isend(send, peer, 0)]
-    waiter.wait(requests, lambda: f"{receive.nbytes} bytes from rank {peer}")
-
-
 def tree_sum(parts: list[np.ndarray]) -> np.ndarray:
     """Sum arrays in the fixed order of a binary counter, into the first of each pair.
 
@@ -76,44 +68,6 @@ def tree_sum(parts: list[np.ndarray]) -> np.ndarray:
             np.add(parts[first], parts[first + stride], out=parts[first])
         stride *= 2
     return parts[0]
-
-
-def sum_over_ranks(comm: MPI.Intracomm, waiter: Waiter, array: np.ndarray) -> None:
-    """Replace an array by its sum over all ranks, in the order of `tree_sum`, with the same bits on all.
-
-    Each rank sums one share of a chunk and sends the result to the others, so every element travels twice whatever the
-    number of ranks, and the order of the additions does not depend on the MPI library.
-
-    Parameters
-    ----------
-    comm : Comm
-        The ranks that take part; all call it.
-    waiter : Waiter
-        Waits, with its deadline.
-    array : ndarray, shape (n,)
-        Contiguous; replaced in place.
-    """
-    if comm.size == 1:
-        return
-    for start in range(0, array.size, _CHUNK * comm.size):
-        _sum_chunk(comm, waiter, array[start : start + _CHUNK * comm.size])
-
-
-def _sum_chunk(comm: MPI.Intracomm, waiter: Waiter, chunk: np.ndarray) -> None:
-    bounds = [chunk.size * rank // comm.size for rank in range(comm.size + 1)]
-    shares = [chunk[bounds[rank] : bounds[rank + 1]] for rank in range(comm.size)]
-    own = shares[comm.rank]
-    others = [rank for rank in range(comm.size) if rank != comm.rank]
-
-    parts = [own.copy() if rank == comm.rank else np.empty_like(own) for rank in range(comm.size)]
-    requests = [comm.Irecv(parts[rank], rank, 0) for rank in others]
-    requests += [comm.Isend(shares[rank], rank, 0) for rank in others]
-    waiter.wait(requests, lambda: f"gradient shares of {len(others)} replicas")
-
-    own[...] = tree_sum(parts)
-    requests = [comm.Irecv(shares[rank], rank, 1) for rank in others]
-    requests += [comm.Isend(own, rank, 1) for rank in others]
-    waiter.wait(requests, lambda: f"summed gradients of {len(others)} replicas")
 
 
 def gather_bytes(comm: MPI.Intracomm, waiter: Waiter, content: bytes) -> list[bytes]:

@@ -1,11 +1,16 @@
 """How much memory a rank will take, from the shapes of its layers and the lives of its buffers."""
 
 import math
+from collections.abc import Collection
+
+import numpy as np
 
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import UsageError
 from hpcpipe.kernels.reduce import BLOCK
+from hpcpipe.model.embedding import TOKEN_TABLE
 from hpcpipe.model.gpt2 import build_layers
+from hpcpipe.model.head import TABLE
 from hpcpipe.model.layer import Layer
 from hpcpipe.model.partition import partition
 from hpcpipe.model.tensors import BufferShapes
@@ -45,7 +50,7 @@ def predict_bytes(config: Config, schedule: Schedule, stage_rank: int) -> int:
         total += num_copies * sum(tensor.size for layer in held for tensor in layer.tensors)
         total += _activations(held, parallel.microbatch_size, stream, counts.stashes, counts.upstreams, config)
         buckets += cut_stage(layers, held, parallel.data)
-    return (total + _shards(buckets, parallel.data)) * _FLOAT_BYTES
+    return (total + _shards(buckets, parallel.data, (TOKEN_TABLE, TABLE) if model.tied else ())) * _FLOAT_BYTES
 
 
 def require_memory(needed_bytes: int, num_local_ranks: int, available_bytes: int) -> None:
@@ -65,15 +70,17 @@ def require_memory(needed_bytes: int, num_local_ranks: int, available_bytes: int
         )
 
 
-def _shards(buckets: list[Bucket], num_replicas: int) -> int:
+def _shards(buckets: list[Bucket], num_replicas: int, tied: Collection[str]) -> int:
     """Return the elements that the replica with the largest shards keeps for the update."""
     shards = [[bucket.cuts[shard + 1] - bucket.cuts[shard] for bucket in buckets] for shard in range(num_replicas)]
     largest = max(map(max, shards))
-    # Two moments, the sums of squares of blocks as float64 of all replicas, what sums over replicas receive into, and
-    # the other end's use of a tied tensor.
+    # Two moments, the sums of squares of blocks as float64 of all replicas, what sums over replicas receive into.
     moments = 2 * max(map(sum, shards))
     sums = 2 * sum(map(sum, shards)) // BLOCK
-    return moments + sums + receive_elements(num_replicas, largest) + largest
+    uses = [max(np.diff(bucket.cuts)) for bucket in buckets if bucket.tensors[0].name in tied]
+    # The other end's use of a tied tensor, where that is on another rank.
+    received = int(uses[0]) if len(uses) == 1 else 0
+    return moments + sums + receive_elements(num_replicas, largest) + received
 
 
 def _activations(

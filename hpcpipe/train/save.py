@@ -55,6 +55,7 @@ def save(state: State, grid: Grid, waiter: Waiter, root: Path, data: dict[str, s
     name, record, path = b"", b"", b""
     with together(comm, waiter):
         _require_finite(state)
+    with together(comm, waiter):
         if is_root:
             name = os.fsencode(begin(root, state.step))
     partial = Path(os.fsdecode(broadcast_bytes(comm, waiter, name if is_root else None, 0)))

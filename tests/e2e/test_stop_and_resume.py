@@ -132,3 +132,28 @@ def test_more_steps_than_were_planned(runs: Runs, copy_of_finished) -> None:
     assert finished.code == 0, finished.stderr
     assert bits(directory)[: len(before)] == before
     assert [row["step"] for row in step_rows(directory)] == list(range(1, 25))
+
+
+def test_one_run_on_four_grids(runs: Runs, finished_run: Path) -> None:
+    grids = [(2, 1, 2, "1f1b", 6), (4, 1, 4, "1f1b", 11), (3, 3, 1, "gpipe", 15), (4, 2, 2, "zb-v", 20)]
+    for num_ranks, pipeline, data, schedule, steps in grids:
+        directory = runs.train_well(
+            "run",
+            num_ranks,
+            f"parallel.pipeline={pipeline}",
+            f"parallel.data={data}",
+            f"parallel.schedule={schedule}",
+            f"train.steps={steps}",
+        )
+        checkpoint = directory / f"checkpoints/step-{steps:08d}"
+        assert len(list(checkpoint.glob("rank-*.h5"))) == num_ranks
+    assert [row for row in bits(directory) if "val_loss" not in row[1] or row[0] == "step 20"] == bits(finished_run)
+    assert runs.hpcpipe("checkpoint", "verify", directory).code == 0
+    texts = [runs.hpcpipe("sample", path, "--prompt", "the ", "--tokens", 20) for path in (directory, finished_run)]
+    assert texts[0].code == 0 and texts[0].stdout == texts[1].stdout
+
+
+def test_a_stop_of_two_replicas_is_resumed_by_four(runs: Runs, finished_run: Path) -> None:
+    stop_in_mid_run(runs, signal.SIGTERM, "parallel.data=2")
+    directory = runs.train_well("run", 4, "parallel.data=4")
+    assert bits(directory) == bits(finished_run)

@@ -8,11 +8,8 @@ from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.collectives import (
     barrier,
     broadcast_bytes,
-    exchange,
     gather_bytes,
     gather_rows,
-    sum_over_ranks,
-    tree_sum,
 )
 from hpcpipe.mpi.wait import Waiter
 
@@ -37,30 +34,6 @@ def test_bytes_of_any_length(comm, waiter):
     root = comm.size - 1
     assert broadcast_bytes(comm, waiter, b"" if comm.rank == root else None, root) == b""
     assert broadcast_bytes(comm, waiter, b"abc" if comm.rank == root else None, root) == b"abc"
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 1000, 65_537])
-def test_the_sum_has_the_bits_of_the_fixed_tree_on_every_rank(comm, waiter, size):
-    parts = [np.random.default_rng(rank).normal(size=size).astype(np.float32) for rank in range(comm.size)]
-    array = parts[comm.rank].copy()
-    sum_over_ranks(comm, waiter, array)
-    assert array.tobytes() == tree_sum([part.copy() for part in parts]).tobytes()
-
-
-def test_the_sum_works_in_chunks(comm, waiter, monkeypatch):
-    monkeypatch.setattr("hpcpipe.mpi.collectives._CHUNK", 3)
-    parts = [np.random.default_rng(rank).normal(size=50).astype(np.float32) for rank in range(comm.size)]
-    array = parts[comm.rank].copy()
-    sum_over_ranks(comm, waiter, array)
-    assert array.tobytes() == tree_sum([part.copy() for part in parts]).tobytes()
-
-
-def test_exchange_with_a_peer(comm, waiter):
-    if comm.rank in (0, comm.size - 1):
-        received = np.empty(3, np.float32)
-        peer = comm.size - 1 - comm.rank
-        exchange(comm, waiter, peer, np.full(3, comm.rank, np.float32), received)
-        assert (received == peer).all()
 
 
 def test_an_error_of_one_rank_is_raised_by_all(comm, waiter):

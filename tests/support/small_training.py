@@ -13,7 +13,8 @@ from hpcpipe.train.session import build_schedule
 from hpcpipe.train.state import State, build_state
 from hpcpipe.train.step import Trainer
 
-CLIP = 0.5
+CLIP = 0.1
+"""Below every gradient norm of these trainings."""
 
 
 class CountedSamples:
@@ -34,13 +35,15 @@ def train(
     layers: int = 9,
     tied: bool = True,
     recompute: str = "none",
+    width: int = 12,
+    clip: float = CLIP,
     **parallel: object,
 ) -> tuple[list[tuple[float, float]], State]:
-    """Return the loss and norm of each step, and this rank's state, after a few steps with gradients clipped."""
+    """Return the loss and norm of each step, and this rank's state, after a few steps."""
     config = Config(
-        model=ModelConfig(layers=layers, width=12, heads=3, context=6, vocab=11, tied=tied),
+        model=ModelConfig(layers=layers, width=width, heads=3, context=6, vocab=11, tied=tied),
         parallel=ParallelConfig(pipeline=pipeline, data=data, microbatch_size=2, **parallel),
-        train=TrainConfig(steps=steps, learning_rate=1e-2, warmup_steps=1, clip=CLIP, recompute=recompute),
+        train=TrainConfig(steps=steps, learning_rate=1e-2, warmup_steps=1, clip=clip, recompute=recompute),
     )
     config = resolve(config, comm.size)
     schedule = build_schedule(config)
