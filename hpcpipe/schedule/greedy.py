@@ -120,25 +120,26 @@ def _least_makespan(placement: Sequence[int], num_microbatches: int, costs: Cost
     return max(arrives[rank] + work[rank] for rank in arrives)
 
 
-def _candidates(placement: tuple[int, ...], num_microbatches: int, with_whole: bool) -> Iterator[_Candidate]:
-    """Return ways to make a schedule: the fixed orders with W placed anew, the fixed schedules, and free choices."""
+def _candidates(placement: tuple[int, ...], num_microbatches: int, has_whole_costs: bool) -> Iterator[_Candidate]:
+    """Return ways to make a schedule: the fixed orders with W placed anew, the fixed schedules, and free choices.
+
+    Where a whole backward costs less than its halves, they also try whole ones, with halves for the last microbatches
+    only, whose W fill the gaps at the end.
+    """
+    p, m = max(placement) + 1, num_microbatches
+    starts = (0, m, m - p // 2, m - p, m - 2 * p) if has_whole_costs else (0,)
+    whole_before = [start for at, start in enumerate(starts) if start >= 0 and start not in starts[:at]]
     seen = set()
-    for fixed in _fixed(placement, num_microbatches):
+    for fixed in _fixed(placement, m):
         orders = tuple(map(_order, fixed.actions))
         if orders not in seen:
             seen.add(orders)
-            for overhang, late in product(_OVERHANGS, (True, False)):
-                policy = Policy(True, 0.0, overhang, late)
-                yield partial(arrange, placement, num_microbatches, policy, orders)
-            if with_whole:
-                yield partial(arrange, placement, num_microbatches, Policy(True, 0.0, 0.0, False, True), orders)
+            for start, overhang, late in product(whole_before, _OVERHANGS, (True, False)):
+                yield partial(arrange, placement, m, Policy(True, 0.0, overhang, late, start), orders)
         yield partial(_as_it_is, fixed)
-    for alternate, patience, overhang, late in product((True, False), (0.0, 0.5), _OVERHANGS, (True, False)):
-        yield partial(arrange, placement, num_microbatches, Policy(alternate, patience, overhang, late), None)
-    if with_whole:
-        for alternate, patience in product((True, False), (0.0, 0.5)):
-            policy = Policy(alternate, patience, 0.0, False, True)
-            yield partial(arrange, placement, num_microbatches, policy, None)
+    for start, alternate, patience in product(whole_before, (True, False), (0.0, 0.5)):
+        for overhang, late in product(_OVERHANGS, (True, False)):
+            yield partial(arrange, placement, m, Policy(alternate, patience, overhang, late, start), None)
 
 
 def _as_it_is(fixed: Schedule, costs: Costs, limits: Sequence[float], below: float) -> Arranged | None:

@@ -48,7 +48,7 @@ def check_stash(schedule: Schedule, positions: Positions, max_stash: Sequence[fl
         num_chunks = max(1, len(schedule.stages_of(rank)))
         # A forward-only schedule keeps a stash only while it makes it.
         live = change[start:stop] if schedule.is_forward_only else np.cumsum(change[start:stop])
-        over = live > stashes_within(max_stash[rank], num_chunks)
+        over = ~(live <= stashes_within(max_stash[rank], num_chunks))
         if over.any():
             at = int(np.argmax(over))
             found = f"{live[at] / num_chunks:g} activations, and the limit is {max_stash[rank]:g}"

@@ -37,15 +37,15 @@ class Policy:
         A weight gradient may begin in a gap that is too short for it by this share of its time.
     first_stage_late : bool
         The first stage's whole backward, for which nobody waits, fills gaps as weight gradients do.
-    whole : bool
-        All backwards are whole.
+    whole_before : int
+        The backwards of microbatches below this are whole.
     """
 
     alternate: bool
     patience: float
     overhang: float
     first_stage_late: bool
-    whole: bool = False
+    whole_before: int = 0
 
 
 @dataclass
@@ -132,17 +132,18 @@ class _Scheduler:
         held: list[list[int]] = [[] for _ in limits]
         for stage, rank in enumerate(placement):
             held[rank].append(stage)
-        halves = [i + w for i, w in zip(costs.backward_input, costs.backward_weight, strict=True)]
-        whole = self._times[Kind.B]
-        backward = whole if policy.whole else [whole[0], *halves[1:]]
-        per_stage = [f + b for f, b in zip(costs.forward, backward, strict=True)]
+        per_stage = [
+            num_microbatches * self._times[Kind.F][stage]
+            + sum(self._backward_time(stage, k) for k in range(num_microbatches))
+            for stage in range(num_stages)
+        ]
         self._ranks = [
             _Rank(
                 rank,
                 stages,
                 limit,
                 None if orders is None else self._without_late(orders[rank]),
-                num_microbatches * sum(per_stage[stage] for stage in stages),
+                sum(per_stage[stage] for stage in stages),
             )
             for rank, (stages, limit) in enumerate(zip(held, limits, strict=True))
         ]
@@ -164,6 +165,11 @@ class _Scheduler:
         if self._num_left > 0:
             return None
         return max(rank.free_at for rank in self._ranks), tuple(tuple(rank.actions) for rank in self._ranks)
+
+    def _backward_time(self, stage: int, microbatch: int) -> float:
+        if self._is_whole(stage, microbatch):
+            return self._times[Kind.B][stage]
+        return self._times[Kind.I][stage] + self._times[Kind.W][stage]
 
     def _without_late(self, order: Sequence[Action]) -> deque[Action]:
         late = self._policy.first_stage_late
@@ -188,7 +194,7 @@ class _Scheduler:
             return self._weights(rank, arrivals[0] - now if arrivals else _NEVER)
         arrivals.popleft()
         rank.order.popleft()
-        if is_forward or not (action.stage == 0 or self._policy.whole):
+        if is_forward or not self._is_whole(action.stage, action.microbatch):
             return action
         return action._replace(kind=Kind.B)
 
@@ -229,8 +235,11 @@ class _Scheduler:
     def _accept(self, kind: Kind, stage: int) -> Action:
         """Use up what an action waited for."""
         (self._inputs if kind is Kind.F else self._gradients)[stage].popleft()
-        is_whole = kind is Kind.I and (stage == 0 or self._policy.whole)
+        is_whole = kind is Kind.I and self._is_whole(stage, self._next[Kind.I][stage])
         return self._take(Kind.B if is_whole else kind, stage)
+
+    def _is_whole(self, stage: int, microbatch: int) -> bool:
+        return stage == 0 or microbatch < self._policy.whole_before
 
     def _take(self, kind: Kind, stage: int) -> Action:
         counted = self._next[Kind.F if kind is Kind.F else Kind.I]

@@ -2,6 +2,7 @@
 
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -43,8 +44,10 @@ def test_never_worse_than_the_fixed_schedules_of_the_same_memory(shape):
     for p, m in ((1, 3), (2, 4), (4, 8), (3, 12)):
         placement = placement_of(shape, p)
         for times in COSTS.values():
-            for factor in (1, 1.25):
+            for factor, whole in ((1, None), (1.25, None), (1, 0.8)):
                 costs = with_last_stage_slower(Costs.even(p, p * chunks, *times), factor)
+                if whole is not None:
+                    costs = replace(costs, backward=[whole * time for time in costs.by_kind()[Kind.B]])
                 for name in names:
                     fixed = generate(name, p, m, chunks)
                     limit = peak_stash(fixed)
@@ -52,13 +55,31 @@ def test_never_worse_than_the_fixed_schedules_of_the_same_memory(shape):
                     check(lower(found))
                     assert all(a <= max(1, b) for a, b in zip(peak_stash(found), limit, strict=True))
                     bound = simulate(fixed, costs).makespan * (1 + 1e-9)
-                    assert simulate(found, costs).makespan <= bound, (name, p, m, times, factor)
+                    assert simulate(found, costs).makespan <= bound, (name, p, m, times, factor, whole)
 
 
 def test_better_than_zb_v_where_costs_are_unequal():
     costs = with_last_stage_slower(Costs.even(4, 8), 1.25)
     assert simulate(generate("zb-v", 4, 8), costs).bubble == pytest.approx(3.125)
     assert simulate(greedy(v_shaped(4), 8, costs), costs).bubble <= 2.25 + 1e-9
+
+
+@pytest.mark.parametrize(("shape", "bound"), [("linear", 64.5), ("v", 61.5)])
+def test_whole_backwards_are_used_where_they_cost_less_than_their_halves(shape, bound):
+    chunks, names = FIXED[shape]
+    placement = placement_of(shape, 4)
+    times = [[time / chunks] * len(placement) for time in (1, 1.5, 1.5)]
+    costs = Costs(*times, backward=[2.5 / chunks] * len(placement))
+    found = greedy(placement, 16, costs)
+    check(lower(found), [4] * 4)
+    makespan = simulate(found, costs).makespan
+    assert makespan <= bound
+    for name in names:
+        fixed = generate(name, 4, 16)
+        if max(peak_stash(fixed)) <= 4:
+            assert makespan < simulate(fixed, costs).makespan
+    kinds = {action.kind for actions in found.actions for action in actions}
+    assert kinds == {Kind.F, Kind.B, Kind.I, Kind.W}
 
 
 def test_the_bubble_of_the_zero_bubble_papers():
@@ -83,7 +104,8 @@ def random_case(dice):
     def times():
         return [dice.choice([0, 1, 2 * dice.random()]) for _ in placement]
 
-    costs = Costs(times(), times(), times(), dice.choice([0, 0, 0.1, 1.5]))
+    whole = dice.choice([None, None, times()])
+    costs = Costs(times(), times(), times(), dice.choice([0, 0, 0.1, 1.5]), whole)
     limits = dice.choice([None, [1 + dice.random() * dice.choice([0, 1, p]) for _ in range(p)]])
     return p, m, placement, costs, limits
 
@@ -105,6 +127,7 @@ def test_any_costs_placement_and_memory(seed):
 def test_first_stage_is_whole_and_nobody_waits_longer_for_other_whole_backwards():
     for seed in range(30):
         _, m, placement, costs, limits = random_case(random.Random(seed))
+        costs = replace(costs, backward=None)
         schedule = greedy(placement, m, costs, limits)
         actions = [action for actions in schedule.actions for action in actions]
         assert all(action.kind in (Kind.F, Kind.B) for action in actions if action.stage == 0)
