@@ -38,7 +38,7 @@ def pytest_configure(config: pytest.Config) -> None:
     inside = [argument for argument in config.args if _is_mpi_test(config, argument)]
     if inside:
         others = [argument for argument in config.args if argument not in inside]
-        config.args[:] = [*others, str(RANKS_FILE)]
+        config.args[:] = [*others, f"{RANKS_FILE}::test_on_ranks"]
     paths = [str(config.invocation_params.dir / argument) for argument in inside] or [str(MPI_TESTS)]
     config.stash[RANK_ARGUMENTS] = [*selection, *paths]
 
@@ -64,8 +64,8 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Let ``-k`` and ``-m`` select among the tests inside a job, not among the jobs."""
-    jobs = [item for item in items if item.path == RANKS_FILE]
-    items[:] = [item for item in items if item.path != RANKS_FILE]
+    jobs = [item for item in items if item.path == RANKS_FILE and item.get_closest_marker("slow") is None]
+    items[:] = [item for item in items if item not in jobs]
     result = yield
     if jobs and _selects_any(config.stash[RANK_ARGUMENTS]):
         items += jobs

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from support import small_training
+from support.hard_messages import fewer_steps
 from support.small_training import CountedSamples, owned_weights
 
 from hpcpipe.config.check import resolve
@@ -23,7 +24,7 @@ from hpcpipe.train.step import Trainer
 
 pytestmark = pytest.mark.mpi(min_size=2)
 
-STEPS = 3
+STEPS = fewer_steps(3)
 
 
 def train(comm, pipeline, data, **choices):
@@ -122,7 +123,7 @@ def test_a_stop_on_one_rank_is_known_to_all(comm):
     )
     grid = make_grid(comm, comm.size, 1)
     schedule = build_schedule(config)
-    state = build_state(config, schedule.stage_to_rank, grid.stage_rank)
+    state = build_state(config, schedule.stage_to_rank, grid.stage_rank, grid.replica)
     state.fill_initial()
     batches = TrainingBatches(CountedSamples(), 1, range(1), 1, config.model.context)
     trainer = Trainer(state, schedule, grid, Waiter(60.0), batches, MessageMode())
