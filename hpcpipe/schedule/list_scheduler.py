@@ -4,8 +4,8 @@ No choice of a policy leads into a deadlock. Of the v stages of a rank the c-th,
 if that leaves v - 1 - c stashes free. Suppose that nothing can start, and take a live stash of the latest stage s. Its
 gradient is missing, so stage s + 1 has not run the forward of its microbatch, has an input (microbatches ascend), and
 lacks room on its rank, whose c-th stage it is. All live stashes there are of earlier stages, as s is the latest; the
-last of them was made with v - c stashes left free, and only earlier stages' stashes can have come since. So v - c are
-free, and stage s + 1 needs only v - 1 - c besides its own. If no stash is alive, the first stage can start.
+last of them left at least v - c stashes free when it was made, and all others were alive then. So v - c are free, and
+stage s + 1 needs only v - 1 - c besides its own. If no stash is alive, the first stage can start.
 """
 
 from collections import deque
