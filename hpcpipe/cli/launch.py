@@ -19,7 +19,7 @@ from hpcpipe.errors import DiskError, ExitCode, HpcpipeError, RankError, Stopped
 if TYPE_CHECKING:
     from hpcpipe.cluster.supervise import Outcome
 
-MPI_VERBS = ("train",)
+MPI_VERBS = ("train", "bench")
 
 _MPIRUN_REFUSED = 213
 _TOLD = re.compile(rb"hpcpipe: (?:error|stopped): |Traceback")
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     program = [*python_command(), "-m", "hpcpipe", args.program, *args.arguments]
     if {"-h", "--help"} & set(args.arguments):
         return os.spawnv(os.P_WAIT, program[0], program)
-    directory = check_start(args.arguments, args.num_ranks)
+    directory = check_start(args.program, args.arguments, args.num_ranks)
     return launch(program, args.num_ranks, directory, args.mpirun_args)
 
 
@@ -101,7 +101,7 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
     num_ranks : int
         Ranks to start.
     directory : Path or None
-        Where the run writes ``status.json``; None where that is unknown.
+        Where the run writes ``status.json``; None for a verb that writes none.
     mpirun_args : sequence of str
         The user's own options of ``mpirun``.
 
@@ -109,7 +109,7 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
     -------
     int
         The ``exit_code`` in ``status.json`` where this launch has written it; else ``mpirun``'s, which then is one
-        that the ranks have chosen and explained.
+        that the ranks have chosen and explained, or 0 of a verb without ``status.json``.
 
     Raises
     ------
@@ -136,6 +136,8 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
 
     with launcher.session_folder(environ):
         outcome = supervise(command, environ, progress)
+    if directory is None and outcome.code == 0 and not outcome.failures:
+        return int(ExitCode.DONE)
     try:
         code = conclude(outcome, read_status(directory, launch_id))
     except HpcpipeError as error:

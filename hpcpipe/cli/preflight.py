@@ -5,36 +5,43 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpcpipe.cli import train
+from hpcpipe.cli import bench, train
 from hpcpipe.cli.parser import Parser
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import HpcpipeError
 
+_VERBS = {"train": train, "bench": bench}
 
-def check_start(arguments: Sequence[str], num_ranks: int) -> Path | None:
-    """Check the arguments of ``train`` and its configuration for a number of ranks.
+
+def check_start(verb: str, arguments: Sequence[str], num_ranks: int) -> Path | None:
+    """Check the arguments of a verb, and the configuration of ``train`` for a number of ranks.
 
     Parameters
     ----------
+    verb : str
+        ``train`` or ``bench``.
     arguments : sequence of str
-        CONFIG and options.
+        Of the verb.
     num_ranks : int
         Ranks to start.
 
     Returns
     -------
     Path or None
-        The run directory.
+        The run directory; None for a verb that has none.
 
     Raises
     ------
     UsageError
         They are wrong; ``status.json`` says so where the run directory is known and no other run's.
     """
+    parsed = _parse(verb, arguments)
+    if verb != "train":
+        return None
+
     from hpcpipe.config.check import resolve
     from hpcpipe.config.load import load, run_directory
 
-    parsed = _parse(arguments)
     directory = run_directory(parsed.config, parsed.overrides)
     try:
         _check_layers(resolve(load(parsed.config, parsed.overrides), num_ranks))
@@ -46,12 +53,12 @@ def check_start(arguments: Sequence[str], num_ranks: int) -> Path | None:
     return directory
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
     """Parse as the ranks will."""
     parser = Parser(prog="hpcpipe")
     verbs: argparse._SubParsersAction[Any] = parser.add_subparsers()
-    train.add_parser(verbs)
-    return parser.parse_args(["train", *arguments])
+    _VERBS[verb].add_parser(verbs)
+    return parser.parse_args([verb, *arguments])
 
 
 def _check_layers(config: Config) -> None:

@@ -232,9 +232,9 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_the_run_directory_is_found_as_train_finds_it(config: Path) -> None:
-    assert check_start([str(config)], 4) == config.parent / "one"
+    assert check_start("train", [str(config)], 4) == config.parent / "one"
     arguments = ["--resume", "never", "--set", "run.name=two", str(config), "--set", "train.steps=3"]
-    assert check_start(arguments, 4) == config.parent / "two"
+    assert check_start("train", arguments, 4) == config.parent / "two"
     assert not (config.parent / "one").exists()
 
 
