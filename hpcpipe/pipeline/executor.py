@@ -76,6 +76,8 @@ class Executor:
     ) -> None:
         self._schedule = schedule
         self._actions = schedule.actions[rank]
+        # The schedule searches its lists for a backward each time it is asked.
+        self._is_forward_only = schedule.is_forward_only
         self._stages = stages
         self._transport = transport
         self._work = work
@@ -149,7 +151,7 @@ class Executor:
         stage.forward(microbatch, self._x[key], out, stash, self._poll)
         if not is_last:
             self._out[key] = out
-        if self._schedule.is_forward_only:
+        if self._is_forward_only:
             self._work.finished(*key, microbatch, self._stash[key])
             self._release(key)
 

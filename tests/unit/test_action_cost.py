@@ -5,7 +5,7 @@ import time
 import pytest
 
 from hpcpipe.pipeline.action_cost import POLL, InstantTransport, measure
-from hpcpipe.schedule.action import COMPUTE
+from hpcpipe.schedule.action import COMPUTE, Schedule
 from hpcpipe.schedule.build import GENERATORS, build
 
 REPETITIONS = 3
@@ -56,3 +56,13 @@ def test_ranks_meet_before_every_walk():
     meetings = []
     measure(build("gpipe", 1, 2), [0], InstantTransport(), REPETITIONS, meet=lambda: meetings.append(1))
     assert len(meetings) == 2 * (REPETITIONS + 1)
+
+
+def test_no_action_searches_the_lists(monkeypatch):
+    def refuse(schedule):
+        raise AssertionError("the lists of all ranks are searched for a backward")
+
+    def meet():
+        monkeypatch.setattr(Schedule, "is_forward_only", property(refuse))
+
+    measure(build("gpipe", 2, 3), [0, 1], InstantTransport(), 1, meet=meet)
