@@ -1,6 +1,8 @@
 """From the name of a schedule to a proven program of actions and messages."""
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from hpcpipe.errors import UsageError
@@ -135,8 +137,9 @@ def build(
     Schedule
         The lowered schedule, ready to be executed.
     """
-    program = lower(generate(name, num_ranks, num_microbatches, num_chunks, costs, max_stash))
-    check(program, max_stash)
+    with _without_collection():
+        program = lower(generate(name, num_ranks, num_microbatches, num_chunks, costs, max_stash))
+        check(program, max_stash)
     return program
 
 
@@ -153,3 +156,15 @@ def build_forward(placement: Sequence[int], num_microbatches: int) -> Schedule:
     program = lower(forward(placement, num_microbatches))
     check(program)
     return program
+
+
+@contextmanager
+def _without_collection() -> Iterator[None]:
+    """Keep the garbage collector from walking over half a million actions again and again: none is garbage."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

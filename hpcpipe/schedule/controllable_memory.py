@@ -9,6 +9,8 @@ input gradients stand behind it in the block's order, and the block itself has r
 whose backward is whole and fills gaps too, the forward may have to wait for a gradient, as it does in the block.
 """
 
+import numpy as np
+
 from hpcpipe.schedule.action import Action, Kind, Schedule
 from hpcpipe.schedule.list_scheduler import Policy, arrange
 from hpcpipe.schedule.placement import v_shaped
@@ -49,12 +51,9 @@ def _repeat(name: str, starts: list[tuple[int, int, int, int]], num_microbatches
     for rank, block in enumerate(starts):
         down, up = rank, 2 * num_ranks - 1 - rank
         parts = ((Kind.F, down), (Kind.F, up), (Kind.I, up), (Kind.I, down))
-        turns = sorted(
-            (start + _PERIOD * k, Action(kind, stage, k))
-            for start, (kind, stage) in zip(block, parts, strict=True)
-            for k in range(num_microbatches)
-        )
-        orders.append([action for _, action in turns])
+        actions = [Action(kind, stage, k) for k in range(num_microbatches) for kind, stage in parts]
+        turns = np.add.outer(_PERIOD * np.arange(num_microbatches), block).reshape(-1)
+        orders.append([actions[index] for index in np.argsort(turns, kind="stable").tolist()])
     placement = v_shaped(num_ranks)
     policy = Policy(alternate=True, patience=0.0, overhang=0.0, first_stage_late=True)
     costs = Costs.even(num_ranks, len(placement))

@@ -48,7 +48,7 @@ class Policy:
     whole_before: int = 0
 
 
-@dataclass
+@dataclass(slots=True)
 class _Rank:
     """What a rank has done and what it could do."""
 
@@ -142,7 +142,7 @@ class _Scheduler:
                 rank,
                 stages,
                 limit,
-                None if orders is None else self._without_late(orders[rank]),
+                None if orders is None else self._without_late(rank, orders[rank]),
                 sum(per_stage[stage] for stage in stages),
             )
             for rank, (stages, limit) in enumerate(zip(held, limits, strict=True))
@@ -171,9 +171,10 @@ class _Scheduler:
             return self._times[Kind.B][stage]
         return self._times[Kind.I][stage] + self._times[Kind.W][stage]
 
-    def _without_late(self, order: Sequence[Action]) -> deque[Action]:
-        late = self._policy.first_stage_late
-        return deque(action for action in order if not (late and action.kind is Kind.I and action.stage == 0))
+    def _without_late(self, rank: int, order: Sequence[Action]) -> deque[Action]:
+        if not self._policy.first_stage_late or rank != self._placement[0]:
+            return deque(order)
+        return deque(action for action in order if not (action.kind is Kind.I and action.stage == 0))
 
     def _keep_for_later(self, rank: _Rank, now: float) -> None:
         """Put the first stage's backwards that could run with the weight gradients."""
@@ -248,26 +249,31 @@ class _Scheduler:
 
     def _start(self, rank: _Rank, action: Action, now: float) -> None:
         kind, stage, k = action
-        end = now + self._times[kind][stage]
+        time = self._times[kind][stage]
+        end = now + time
         rank.actions.append(action)
-        self._num_left -= 2 if kind is Kind.B else 1
-        rank.work -= end - now
+        self._num_left -= 1
+        rank.work -= time
         rank.free_at = end
         heappush(self._events, (end, rank.number))
+        if kind is Kind.W:
+            rank.stashes -= 1
+            return
+        rank.was_forward = kind is Kind.F
         if kind is Kind.F:
             rank.stashes += 1
             if stage + 1 < len(self._placement):
                 self._deliver(self._inputs[stage + 1], rank, self._placement[stage + 1], end)
             else:
                 self._gradients[stage].append(end)
-        elif kind is Kind.I:
+            return
+        if kind is Kind.I:
             rank.pending.append(Action(Kind.W, stage, k))
         else:
+            self._num_left -= 1
             rank.stashes -= 1
-        if kind in (Kind.B, Kind.I) and stage > 0:
+        if stage > 0:
             self._deliver(self._gradients[stage - 1], rank, self._placement[stage - 1], end)
-        if kind is not Kind.W:
-            rank.was_forward = kind is Kind.F
 
     def _deliver(self, arrivals: deque[float], sender: _Rank, receiver: int, end: float) -> None:
         if receiver == sender.number:
