@@ -78,6 +78,20 @@ def test_eight_stages(runs: Runs, expected) -> None:
     compare(runs, expected, 8, NINE_LAYERS, grid(8, 1, "1f1b"), {})
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "data", "schedule", "chunks", "environ"),
+    [
+        (2, 1, "zb-v", 2, HARD),
+        (2, 2, "interleaved", 2, {}),
+        (3, 1, "greedy", 3, {}),
+        (4, 1, "interleaved-zb", 2, HARD),
+    ],
+)
+def test_several_stages_per_rank(runs: Runs, expected, pipeline, data, schedule, chunks, environ) -> None:
+    parallel = (*grid(pipeline, data, schedule), f"parallel.chunks={chunks}")
+    compare(runs, expected, pipeline * data, NINE_LAYERS, parallel, environ)
+
+
 def test_a_partition_by_hand(runs: Runs, expected) -> None:
     compare(runs, expected, 3, (), ("parallel.partition=[1,3,1]",), {})
 
