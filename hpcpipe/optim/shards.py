@@ -5,6 +5,7 @@ per replica, where whole blocks of `hpcpipe.kernels.reduce.BLOCK` elements of a 
 which adds blocks, does not depend on the cuts.
 """
 
+from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,14 +97,18 @@ class Bucket:
     @cached_property
     def cuts(self) -> tuple[int, ...]:
         """The bounds of all shards, counted as `offsets`: shard s is ``[cuts[s], cuts[s + 1])``."""
-        places = zip(self.tensors, self.offsets, strict=True)
-        starts = [offset + np.arange(0, tensor.size, BLOCK) for tensor, offset in places]
-        allowed = np.concatenate([*starts, [self.size]])
-        even = np.array([self.size * shard // self.num_shards for shard in range(1, self.num_shards)], np.int64)
-        after = np.searchsorted(allowed, even)
-        before = np.maximum(after - 1, 0)
-        nearest = np.where(even - allowed[before] <= allowed[after] - even, before, after)
-        return (0, *allowed[nearest].tolist(), self.size)
+        even = (self.size * shard // self.num_shards for shard in range(1, self.num_shards))
+        return (0, *map(self._nearest_block, even), self.size)
+
+    def _nearest_block(self, place: int) -> int:
+        """Return the start of a block, or the bucket's end, that is nearest to a place; the earlier one of two."""
+        index = bisect_right(self.offsets, place) - 1
+        offset, last = self.offsets[index], (self.tensors[index].size - 1) // BLOCK
+        block = min((place - offset) // BLOCK, last)
+        before = offset + block * BLOCK
+        following = (*self.offsets, self.size)[index + 1]
+        after = before + BLOCK if block < last else following
+        return before if place - before <= after - place else after
 
     def slices(self, shard: int) -> Iterator[Slice]:
         """Yield the parts of tensors that a shard holds, at most one per tensor."""

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import hpcpipe
@@ -141,11 +142,12 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
         training, validation = tokens.split(config.data.validation_fraction)
         samples = Samples(training, config.model.context, config.run.seed)
         held_out = HeldOut(validation, config.model.context, config.data.validation_samples)
+        # Layers are timed only where they fit; where the model is cut matters little here, and is not known yet.
+        _require_memory(session, replace(config, parallel=replace(config.parallel, partition="auto")))
     plan = make_plan(session)
     config = session.config
     with together(grid.comm, waiter):
-        needed = predict_bytes(config, session.schedule, grid.stage_rank)
-        require_memory(needed, session.num_local_ranks, memory().available_bytes)
+        needed = _require_memory(session, config)
     state = build_state(config, session.schedule.stage_to_rank, grid.stage_rank, grid.replica)
     _introduce(session, state, tokens, plan, needed)
     resume_state(session, state, resume, tokens)
@@ -175,6 +177,13 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     session.events.add("done", step=state.step)
     session.status(state.step, ExitCode.DONE)
     return ExitCode.DONE
+
+
+def _require_memory(session: Session, config: Config) -> int:
+    """Refuse a run that does not fit, and return the bytes that this rank needs."""
+    needed = predict_bytes(config, session.schedule, session.grid.stage_rank)
+    require_memory(needed, session.num_local_ranks, memory().available_bytes)
+    return needed
 
 
 def _open_tokens(session: Session) -> TokenFile:

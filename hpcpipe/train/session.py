@@ -76,7 +76,8 @@ class Session:
 def build_schedule(config: Config) -> Schedule:
     """Return the proven schedule of a resolved configuration: by its name, or from a CSV file.
 
-    For ``auto`` it is 1F1B, until costs are known and `hpcpipe.train.plan` chooses.
+    For ``auto`` it is 1F1B of one microbatch, which needs no more memory than any other, until costs are known and
+    `hpcpipe.train.plan` chooses.
 
     Raises
     ------
@@ -86,7 +87,7 @@ def build_schedule(config: Config) -> Schedule:
     parallel = config.parallel
     num_microbatches = parallel.microbatches // parallel.data
     if parallel.schedule == AUTO:
-        return build(PLAIN, parallel.pipeline, num_microbatches)
+        return build(PLAIN, parallel.pipeline, 1)
     if not parallel.schedule.endswith(".csv"):
         return build(parallel.schedule, parallel.pipeline, num_microbatches, parallel.chunks)
     path = Path(parallel.schedule)
