@@ -9,8 +9,9 @@ from hpcpipe.memory.arena import Arena
 from hpcpipe.model.embedding import TOKEN_TABLE
 from hpcpipe.model.gpt2 import build_layers
 from hpcpipe.model.head import TABLE
+from hpcpipe.model.tensors import TensorSpec
 from hpcpipe.optim import shards
-from hpcpipe.optim.shards import cut_into_buckets
+from hpcpipe.optim.shards import Bucket, cut_into_buckets
 
 
 def cut(num_shards, width=48, vocab=300, layers=2, kept=slice(None)):
@@ -79,3 +80,19 @@ def test_more_replicas_than_blocks_leave_some_with_nothing():
     bucket = cut(64, width=3)[2][0]
     assert bucket.size < BLOCK
     assert sum(bool(list(bucket.slices(shard))) for shard in range(64)) == 1
+
+
+def test_cuts_are_the_nearest_ones_that_are_allowed():
+    for num_shards in (2, 3, 7, 64):
+        for bucket in cut(num_shards)[2]:
+            places = zip(bucket.tensors, bucket.offsets, strict=True)
+            allowed = [start for tensor, offset in places for start in range(offset, offset + tensor.size, BLOCK)]
+            allowed.append(bucket.size)
+            even = [bucket.size * shard // num_shards for shard in range(1, num_shards)]
+            nearest = [min(allowed, key=lambda place, wanted=wanted: (abs(place - wanted), place)) for wanted in even]
+            assert bucket.cuts == (0, *nearest, bucket.size)
+
+
+def test_a_tensor_larger_than_any_memory_is_cut_at_once():
+    bucket = Bucket((TensorSpec("x", (2**33, 2**35)),), (0,), 4)
+    assert bucket.cuts == (0, 2**66, 2**67, 3 * 2**66, 2**68)
