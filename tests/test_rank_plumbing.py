@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.ranks import TESTS, Job, run_on_ranks, session_members
+from support.ranks import MESSAGES, TESTS, Job, run_on_ranks, session_members
 
 HEAD = "import os, signal, sys, time\nimport pytest\nfrom mpi4py import MPI\ncomm = MPI.COMM_WORLD\n"
 PIDS = "\ndef test_note_the_session():\n    open(f'session-{comm.rank}', 'w').write(str(os.getsid(0)))\n"
@@ -158,3 +158,25 @@ def test_a_plain_pytest_never_starts_mpi():
         "assert MPI is None or not MPI.Is_initialized()\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=TESTS.parent, check=True, timeout=120, capture_output=True)
+
+
+EARLY = """
+import numpy as np
+def test_a_buffer_is_changed_before_its_message_has_left():
+    if comm.rank == 0:
+        buffer = np.ones(100, np.float32)
+        request = comm.Isend(buffer, 1, 1)
+        buffer[:] = 2
+        comm.Barrier()
+        request.Wait()
+    else:
+        comm.Barrier()
+        received = np.zeros(100, np.float32)
+        comm.Recv(received, 0, 1)
+        assert (received == 1).all(), f'received {received[0]}'
+"""
+
+
+def test_hard_messages_show_a_buffer_that_is_used_again_too_early(run, monkeypatch):
+    monkeypatch.setenv(MESSAGES, "synchronous")
+    assert "received 2.0" in run(EARLY, 2).problem()

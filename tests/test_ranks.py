@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from support.ranks import RANK_ARGUMENTS, run_on_ranks
+from support.ranks import MESSAGES, RANK_ARGUMENTS, run_on_ranks
 
-MESSAGES = "HPCPIPE_TEST_MESSAGES"
 MPI_TESTS = str(Path(__file__).parent / "mpi")
 
 

@@ -20,6 +20,9 @@ TESTS = Path(__file__).parents[1]
 NO_TESTS = 5
 """pytest's exit code when nothing was selected."""
 
+MESSAGES = "HPCPIPE_TEST_MESSAGES"
+"""Variable that makes all messages hard, see `support.hard_messages`."""
+
 RANK_ARGUMENTS = pytest.StashKey[list[str]]()
 """The tests over ranks that this pytest was asked for: arguments of the ranks' pytest."""
 
@@ -151,6 +154,10 @@ def run_on_ranks(
     environment = rank_environment("tests", None)
     environment[on_rank.DIRECTORY] = str(directory)
     environment[on_rank.LIMIT_S] = str(test_limit_s)
+    if environment.get(MESSAGES):
+        # Small messages are copied when their send starts, which hides a buffer that is used again too early; above
+        # this many bytes Open MPI fetches them from the buffer when the receive is there.
+        environment.setdefault("OMPI_MCA_btl_sm_eager_limit", "128")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), environment.get("PYTHONPATH")]))
 
     started = time.monotonic()
