@@ -3,6 +3,7 @@
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hpcpipe.cluster.processor import memory
@@ -19,61 +20,88 @@ _VERSION = 1
 _SHOWN = 6
 
 
-def make_plan(session: Session) -> Candidate:
-    """Decide what is left open: the partition, and the schedule where it is ``auto``; write down the prediction.
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, the same on every rank.
+
+    Attributes
+    ----------
+    candidate : Candidate
+        Configuration, schedule and prediction.
+    choice : Choice or None
+        What it was chosen from, where the schedule was ``auto``.
+    measured : MeasuredCosts
+        What the prediction was made from.
+    cores : float or None
+        Cores that the ranks of a pipeline share; None if each has its own.
+    """
+
+    candidate: Candidate
+    choice: Choice | None
+    measured: MeasuredCosts
+    cores: float | None
+
+
+def make_plan(session: Session) -> Plan:
+    """Decide what is left open: the partition, and the schedule where it is ``auto``; predict the step.
 
     Parameters
     ----------
     session : Session
-        All ranks take part. Its configuration and schedule are replaced by the decided ones; rank 0 writes
-        ``config.toml``, ``prediction.json`` and ``schedule.csv``.
-
-    Returns
-    -------
-    Candidate
-        The same on every rank.
+        All ranks take part. Its configuration and schedule are replaced by the decided ones.
 
     Raises
     ------
     UsageError
         On every rank, if ``auto`` finds no schedule that can run.
-    DiskError
-        On every rank, if the files could not be written.
     """
     config, grid, waiter = session.config, session.grid, session.waiter
     measured = obtain_costs(config, grid, waiter, session.num_local_ranks)
     cores = cores_of_pipeline(config, session.num_local_ranks, session.num_local_cores)
-    plan, choice = None, None
+    candidate, choice = None, None
     if config.parallel.schedule == AUTO:
         session.console.say("schedule auto: simulating what could run")
     with together(grid.comm, waiter):
         if config.parallel.schedule == AUTO:
             limit_bytes = memory().available_bytes / session.num_local_ranks
             choice = choose_schedule(config, measured, cores, limit_bytes)
-            plan = choice.chosen
+            candidate = choice.chosen
         else:
-            plan = plan_schedule(config, session.schedule, measured, cores)
-    assert plan is not None
-    session.config, session.schedule = plan.config, plan.schedule
-    with together(grid.comm, waiter):
-        if session.is_root:
-            _write(session, plan, choice, measured, cores)
+            candidate = plan_schedule(config, session.schedule, measured, cores)
+    assert candidate is not None
+    session.config, session.schedule = candidate.config, candidate.schedule
     if choice is not None:
         session.console.say(explain(choice))
-    return plan
+    return Plan(candidate, choice, measured, cores)
 
 
-def describe_plan(plan: Candidate) -> str:
+def write_plan(session: Session, plan: Plan) -> None:
+    """Write ``config.toml``, ``prediction.json`` and ``schedule.csv``, on rank 0; every rank calls it.
+
+    Raises
+    ------
+    DiskError
+        On every rank, if the files could not be written.
+    """
+    with together(session.grid.comm, session.waiter):
+        if session.is_root:
+            directory = session.directory
+            write_whole(directory.prediction, json.dumps(_to_dict(plan), indent=2) + "\n")
+            write_whole(directory.schedule, write_csv(plan.candidate.schedule))
+            write_whole(directory.config, to_toml(plan.candidate.config))
+
+
+def describe_plan(plan: Plan) -> str:
     """Say where the model is cut, and what a step should take."""
-    prediction = plan.prediction
+    prediction = plan.candidate.prediction
     bubble = prediction.timeline.bubble / prediction.timeline.makespan
-    blocks = ", ".join(map(str, plan.config.parallel.partition))
+    blocks = ", ".join(map(str, plan.candidate.config.parallel.partition))
     return f"predicted: {prediction.step_s:.3g} s per step, bubble {bubble:.1%}; blocks per stage: {blocks}"
 
 
-def compare_with_prediction(session: Session, plan: Candidate, steps_s: Sequence[float]) -> None:
+def compare_with_prediction(session: Session, plan: Plan, steps_s: Sequence[float]) -> None:
     """Say on rank 0, and keep in ``events.jsonl``, how the median step compares with the prediction."""
-    measured_s, predicted_s = statistics.median(steps_s), plan.prediction.step_s
+    measured_s, predicted_s = statistics.median(steps_s), plan.candidate.prediction.step_s
     session.events.add("step time", predicted_s=predicted_s, measured_s=measured_s)
     session.console.say(
         f"step time: {measured_s:.3g} s measured (median of {len(steps_s)}), {predicted_s:.3g} s predicted,"
@@ -99,22 +127,17 @@ def _shown(choice: Choice) -> list[Candidate]:
     return shown if choice.chosen in shown else [*shown[:-1], choice.chosen]
 
 
-def _write(
-    session: Session, plan: Candidate, choice: Choice | None, measured: MeasuredCosts, cores: float | None
-) -> None:
-    document = {
+def _to_dict(plan: Plan) -> dict[str, Any]:
+    choice = plan.choice
+    return {
         "version": _VERSION,
-        **_facts(plan),
-        "cores": cores,
-        "costs": measured.to_dict(),
-        "costs_from_cache": measured.from_cache,
+        **_facts(plan.candidate),
+        "cores": plan.cores,
+        "costs": plan.measured.to_dict(),
+        "costs_from_cache": plan.measured.from_cache,
         "candidates": [_facts(candidate) for candidate in choice.ranking] if choice else [],
         "refused": choice.refused if choice else {},
     }
-    directory = session.directory
-    write_whole(directory.prediction, json.dumps(document, indent=2) + "\n")
-    write_whole(directory.schedule, write_csv(plan.schedule))
-    write_whole(directory.config, to_toml(plan.config))
 
 
 def _facts(candidate: Candidate) -> dict[str, Any]:

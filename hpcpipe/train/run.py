@@ -28,7 +28,6 @@ from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.files import write_whole
 from hpcpipe.train.batches import TrainingBatches
-from hpcpipe.train.choose import Candidate
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.evaluate import Evaluator
 from hpcpipe.train.finish import show_compression, show_sample
@@ -37,7 +36,7 @@ from hpcpipe.train.leave import leaving_together
 from hpcpipe.train.lock import RunLock
 from hpcpipe.train.loop import Loop
 from hpcpipe.train.peak import measure_peak_flops
-from hpcpipe.train.plan import compare_with_prediction, describe_plan, make_plan
+from hpcpipe.train.plan import Plan, compare_with_prediction, describe_plan, make_plan, write_plan
 from hpcpipe.train.resume import identity_of, resume_state
 from hpcpipe.train.session import Session, build_schedule, check_schedule
 from hpcpipe.train.state import State, build_state
@@ -156,6 +155,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
         console.say(f"nothing to do: step {state.step} is done and train.steps = {config.train.steps}")
         session.status(state.step, ExitCode.DONE)
         return ExitCode.DONE
+    write_plan(session, plan)
 
     per_replica = config.parallel.microbatches // grid.data
     local = range(grid.replica * per_replica, (grid.replica + 1) * per_replica)
@@ -215,7 +215,7 @@ def _prepare(session: Session) -> Path:
     return path
 
 
-def _introduce(session: Session, state: State, tokens: TokenFile, plan: Candidate, needed_bytes: int) -> None:
+def _introduce(session: Session, state: State, tokens: TokenFile, plan: Plan, needed_bytes: int) -> None:
     """Say what is about to run."""
     config, grid, say = session.config, session.grid, session.console.say
     model, parallel = config.model, config.parallel

@@ -50,7 +50,7 @@ def unchanged(before: dict[str, bytes], directory: Path) -> None:
         (2, ["train.stpes=3"], ["train.stpes", "train.steps"]),
         (3, ["parallel.pipeline=2", "parallel.data=2"], ["pipeline = 2", "data = 2", "4 ranks", "3 ranks", "-n 4"]),
         (3, ["parallel.data=2"], ["parallel.data = 2", "3", "-n 4"]),
-        (3, ["model.layers=2"], ["model.layers = 2", "3 stages", "model.layers = 3", "-n 2"]),
+        (3, ["model.layers=1"], ["model.layers = 1", "3 stages", "model.layers = 2", "-n 1"]),
         (3, ["parallel.partition=[2,2,2]"], ["parallel.partition = [2, 2, 2]", "6 layers", "model.layers = 5"]),
         (2, ["model.vocab=200"], ["model.vocab = 200", "257", "model.vocab = 257"]),
         (2, ["model.vocab=300", "model.width=48"], ["width", "48", "32", "vocab", "300", "257", "run.name"]),
