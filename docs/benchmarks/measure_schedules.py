@@ -1,9 +1,9 @@
 """Runs every schedule and compares the step that was predicted before the run with the one that was measured.
 
-    python docs/benchmarks/measure_schedules.py OUTPUT.json [--ranks 2] [--rounds 3] [--steps 30] [--set KEY=VALUE]...
+    python docs/benchmarks/measure_schedules.py OUTPUT.json [--ranks 2] [--rounds 3] [--steps 20] [--set KEY=VALUE]...
 
-Each round goes through all schedules in turn. Before each run a run of a few steps measures the costs anew, so that a
-prediction never comes from the run that it is compared with. The last line tells how far `auto` is behind the best.
+Each round goes through all schedules in turn. A prediction is made from the costs that the run before it observed, of
+another schedule. The last lines tell how far `auto` is behind the best.
 """
 
 import argparse
@@ -35,7 +35,6 @@ SCHEDULES = [
     ("interleaved", 4),
     ("interleaved-zb", 4),
 ]
-WARMUP_STEPS = 3
 
 
 class Runner:
@@ -68,26 +67,22 @@ class Runner:
         subprocess.run(words, env=self._environ, check=True, stdout=subprocess.DEVNULL)
         return directory
 
-    def forget_costs(self) -> None:
-        """Make the next run measure."""
-        for folder in (self._directory / "cache").glob("hpcpipe/*/costs"):
-            shutil.rmtree(folder)
-
     def compare(self, schedule: str, chunks: int) -> dict:
-        """Measure costs in one run, predict with them in the next, and return its figures."""
-        self.forget_costs()
-        self.run(schedule, chunks, steps=1)
+        """Run a schedule, and return what was predicted and measured."""
         directory = self.run(schedule, chunks, self._arguments.steps)
         prediction = json.loads((directory / "prediction.json").read_text())
         assert prediction["costs_from_cache"]
         rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-        steps_s = [row["step_s"] for row in rows if "step_s" in row][WARMUP_STEPS:]
+        steps_s = [row["step_s"] for row in rows if "step_s" in row]
+        events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+        compared = next(event for event in events if event["event"] == "step time")
         return {
             "schedule": prediction["schedule"],
-            "chunks": prediction["chunks"],
+            "ran_chunks": prediction["chunks"],
             "partition": prediction["partition"],
-            "predicted_s": prediction["step_s"],
-            "measured_s": statistics.median(steps_s),
+            "predicted_s": compared["predicted_s"],
+            "measured_s": compared["measured_s"],
+            "explained_s": compared["explained_s"],
             "quartiles_s": statistics.quantiles(steps_s, n=4)[::2],
             "costs": prediction["costs"],
         }
@@ -105,10 +100,10 @@ def summary(results: list[dict]) -> list[dict]:
             {
                 "schedule": name,
                 "chunks": chunks,
-                "ran": rounds[0]["schedule"],
+                "ran": sorted({f"{result['schedule']} x {result['ran_chunks']}" for result in rounds}),
                 "measured_s": statistics.median(result["measured_s"] for result in rounds),
                 "predicted_s": statistics.median(result["predicted_s"] for result in rounds),
-                "error": statistics.median(errors),
+                "explained_s": statistics.median(result["explained_s"] for result in rounds),
                 "errors": errors,
                 "spread": (max(r["measured_s"] for r in rounds) / min(r["measured_s"] for r in rounds)) - 1,
             }
@@ -122,7 +117,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", action="append", help="NAME or NAME:CHUNKS; default: all")
     parser.add_argument("--set", action="append", default=[], dest="settings")
     arguments = parser.parse_args()
@@ -133,10 +128,10 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as directory:
         runner = Runner(Path(directory), arguments)
-        runner.run("1f1b", 1, steps=1)
+        runner.run("1f1b", 1, arguments.steps)
         for number in range(arguments.rounds):
             for name, chunks in [*schedules, ("auto", 0)]:
-                result = {"round": number, "asked": name, **runner.compare(name, chunks)}
+                result = {"round": number, "asked": name, "chunks": chunks, **runner.compare(name, chunks)}
                 results.append(result)
                 error = result["measured_s"] / result["predicted_s"] - 1
                 print(
@@ -146,22 +141,31 @@ def main() -> None:
                     flush=True,
                 )
                 arguments.output.write_text(json.dumps({"arguments": sys.argv[1:], "results": results}, indent=1))
-    rows = summary(results)
-    print(f"{'schedule':<20}{'chunks':>7}{'measured s':>12}{'predicted s':>12}{'error':>8}{'spread':>8}")
+    report(summary(results))
+
+
+def report(rows: list[dict]) -> None:
+    """Print the tables."""
+    print("| schedule | stages per rank | measured s | predicted s | error | explained s | error | spread of runs |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for row in rows:
+        measured, predicted, explained = row["measured_s"], row["predicted_s"], row["explained_s"]
         print(
-            f"{row['schedule']:<20}{row['chunks']:>7}{row['measured_s']:>12.4f}{row['predicted_s']:>12.4f}"
-            f"{row['error']:>+8.1%}{row['spread']:>8.1%}"
+            f"| {row['schedule']} | {row['chunks'] or ''} | {measured:.4f} | {predicted:.4f} |"
+            f" {measured / predicted - 1:+.1%} | {explained:.4f} | {measured / explained - 1:+.1%} |"
+            f" {row['spread']:.1%} |"
         )
-    errors = sorted(abs(error) for row in rows for error in row["errors"])
-    print(f"error: median {statistics.median(errors):.1%}, worst {errors[-1]:.1%} of {len(errors)} runs")
+    by_schedule = sorted(abs(row["measured_s"] / row["predicted_s"] - 1) for row in rows)
+    by_run = sorted(abs(error) for row in rows for error in row["errors"])
+    for what, errors in (("schedules", by_schedule), ("runs", by_run)):
+        median, worst = statistics.median(errors), errors[-1]
+        print(f"error over {len(errors)} {what}: median {median:.1%}, worst {worst:.1%}")
     fixed = [row for row in rows if row["schedule"] != "auto"]
-    auto = [row for row in rows if row["schedule"] == "auto"]
-    chosen = ", ".join(f"{row['ran']} x {row['chunks']}" for row in auto)
-    measured = statistics.median(r["measured_s"] for r in results if r["asked"] == "auto")
-    plain = next(row["measured_s"] for row in fixed if row["schedule"] == "1f1b")
-    print(f"auto took {chosen}: {measured / fixed[0]['measured_s'] - 1:+.1%} against the best, {fixed[0]['schedule']}")
-    print(f"auto against 1f1b: {measured / plain - 1:+.1%}")
+    auto = next(row for row in rows if row["schedule"] == "auto")
+    plain = next(row for row in fixed if row["schedule"] == "1f1b")
+    print(f"auto took {', '.join(auto['ran'])}")
+    print(f"against the best, {fixed[0]['schedule']}: {auto['measured_s'] / fixed[0]['measured_s'] - 1:+.1%}")
+    print(f"against 1f1b: {auto['measured_s'] / plain['measured_s'] - 1:+.1%}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, astuple, dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
@@ -18,8 +19,11 @@ from hpcpipe.mpi.collectives import barrier, broadcast_bytes, gather_rows
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.mpi.ping import measure_message_s
 from hpcpipe.mpi.wait import Waiter
+from hpcpipe.pipeline.stage import Stage
+from hpcpipe.schedule.action import Kind, Schedule
 from hpcpipe.telemetry.files import now, write_whole
 from hpcpipe.train.profile import LayerCosts, profile_layers
+from hpcpipe.train.stopwatch import TimedLayer
 
 _VERSION = 1
 _FRESH_S = 24 * 3600.0
@@ -40,6 +44,9 @@ class MeasuredCosts:
         When, as ISO 8601 in UTC.
     from_cache : bool
         Whether another run measured them.
+    overhead : float
+        How many times as long as its layers explain the last run's step took: for reading samples, for messages, and
+        for ranks that wait for each other's slow moments.
     """
 
     embedding: LayerCosts
@@ -48,6 +55,7 @@ class MeasuredCosts:
     message_s: float
     measured: str
     from_cache: bool
+    overhead: float = 1.0
 
     def of_model(self, num_blocks: int) -> list[LayerCosts]:
         """Return the costs of each layer of a model: embedding, blocks, head."""
@@ -59,6 +67,7 @@ class MeasuredCosts:
             "version": _VERSION,
             "measured": self.measured,
             "message_s": self.message_s,
+            "overhead": self.overhead,
             **{kind: asdict(getattr(self, kind)) for kind in _KINDS},
         }
 
@@ -84,8 +93,73 @@ def obtain_costs(config: Config, grid: Grid, waiter: Waiter, num_local_ranks: in
         return _parse(json.loads(content), from_cache=True)
     costs = _measure(config, grid, waiter)
     if grid.comm.rank == 0:
-        _keep(path, costs)
+        keep_costs(path, costs)
     return costs
+
+
+def observed_costs(
+    costs: MeasuredCosts,
+    config: Config,
+    schedule: Schedule,
+    stages: Mapping[int, Stage],
+    grid: Grid,
+    waiter: Waiter,
+) -> MeasuredCosts | None:
+    """Return what the layers took in a whole run.
+
+    Parameters
+    ----------
+    costs : MeasuredCosts
+        What this run was planned with; message and update stay as they are.
+    config : Config
+        Resolved.
+    schedule : Schedule
+        What was run: whether the halves of a stage's backward were apart.
+    stages : mapping of int to Stage
+        This rank's, of `TimedLayer`.
+    grid : Grid
+        All ranks take part.
+    waiter : Waiter
+        Waits, with its deadline.
+
+    Returns
+    -------
+    MeasuredCosts or None
+        On rank 0, None on the others.
+    """
+    is_apart = {action.stage for action in schedule.actions[grid.stage_rank] if action.kind is Kind.I}
+    recompute = config.train.recompute == "full"
+    seen: dict[str, list[tuple[float, float]]] = {kind: [] for kind in _KINDS}
+    for index, stage in stages.items():
+        for place, layer in enumerate(stage.layers):
+            assert isinstance(layer, TimedLayer)
+            is_head = index + 1 == schedule.num_stages and place + 1 == len(stage.layers)
+            kind = "embedding" if index == place == 0 else "head" if is_head else "block"
+            seen[kind].append(_observed(layer, getattr(costs, kind), index in is_apart, recompute))
+    own = [np.median(np.array(rows), axis=0) if rows else np.full(2, np.nan) for rows in seen.values()]
+    rows = gather_rows(grid.comm, waiter, np.array(own).reshape(-1)).reshape(grid.comm.size, len(_KINDS), 2)
+    if grid.comm.rank != 0:
+        return None
+    medians = np.nanmedian(rows, axis=0).tolist()
+    embedding, block, head = (
+        _scaled(getattr(costs, kind), forward, backward)
+        for kind, (forward, backward) in zip(_KINDS, medians, strict=True)
+    )
+    return MeasuredCosts(embedding, block, head, costs.message_s, now(), from_cache=False)
+
+
+def _observed(layer: TimedLayer, costs: LayerCosts, is_apart: bool, recompute: bool) -> tuple[float, float]:
+    """Return a layer's forward, and its backward as a multiple of what was known."""
+    forward = layer.mean_s("forward")
+    backward = layer.mean_s("backward_input") + layer.mean_s("backward_weight")
+    backward += forward * recompute * (2 if is_apart else 1)
+    known = costs.backward_input + costs.backward_weight if is_apart else costs.backward
+    return forward, backward / known if known > 0 else 1.0
+
+
+def _scaled(costs: LayerCosts, forward: float, backward: float) -> LayerCosts:
+    parts = (costs.backward_input * backward, costs.backward_weight * backward, costs.backward * backward)
+    return LayerCosts(forward, *parts, costs.update)
 
 
 def cache_path(config: Config, num_local_ranks: int) -> Path:
@@ -107,11 +181,11 @@ def _measure(config: Config, grid: Grid, waiter: Waiter) -> MeasuredCosts:
     rows = gather_rows(grid.comm, waiter, np.array([astuple(layer) for layer in layers]).reshape(-1))
     # Ranks that some other program held up must not decide for all.
     medians = np.median(rows, axis=0).reshape(len(_KINDS), -1).tolist()
-    kinds = {kind: LayerCosts(*costs) for kind, costs in zip(_KINDS, medians, strict=True)}
+    embedding, block, head = (LayerCosts(*costs) for costs in medians)
     stream_bytes = 4 * parallel.microbatch_size * model.context * model.width
     # Neighbours among all ranks are neighbours in a pipeline, or replicas where a pipeline is one rank.
     message_s = measure_message_s(grid.comm, waiter, stream_bytes)
-    return MeasuredCosts(**kinds, message_s=message_s, measured=now(), from_cache=False)
+    return MeasuredCosts(embedding, block, head, message_s, now(), from_cache=False)
 
 
 def _read_fresh(path: Path) -> bytes | None:
@@ -129,15 +203,16 @@ def _read_fresh(path: Path) -> bytes | None:
 def _parse(document: dict[str, Any], from_cache: bool) -> MeasuredCosts:
     if document["version"] != _VERSION:
         raise ValueError(f"version {document['version']}")
-    kinds = {kind: LayerCosts(*(float(document[kind][field.name]) for field in fields(LayerCosts))) for kind in _KINDS}
-    message_s = float(document["message_s"])
-    times = [message_s, *(value for costs in kinds.values() for value in astuple(costs))]
+    kinds = [LayerCosts(*(float(document[kind][field.name]) for field in fields(LayerCosts))) for kind in _KINDS]
+    message_s, overhead = float(document["message_s"]), float(document["overhead"])
+    times = [message_s, overhead, *(value for costs in kinds for value in astuple(costs))]
     if not all(math.isfinite(value) and value >= 0 for value in times):
         raise ValueError("a cost is not a time")
-    return MeasuredCosts(**kinds, message_s=message_s, measured=str(document["measured"]), from_cache=from_cache)
+    embedding, block, head = kinds
+    return MeasuredCosts(embedding, block, head, message_s, str(document["measured"]), from_cache, overhead)
 
 
-def _keep(path: Path, costs: MeasuredCosts) -> None:
+def keep_costs(path: Path, costs: MeasuredCosts) -> None:
     """Write the cache, where that is possible: without it the next run measures again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,22 +2,25 @@
 
 import json
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hpcpipe.cluster.processor import memory
 from hpcpipe.config.dump import to_toml
 from hpcpipe.mpi.agree import together
+from hpcpipe.pipeline.stage import Stage
 from hpcpipe.schedule.csv_file import write_csv
 from hpcpipe.telemetry.files import write_whole
 from hpcpipe.train.choose import AUTO, Candidate, Choice, choose_schedule, plan_schedule
-from hpcpipe.train.costs import MeasuredCosts, obtain_costs
+from hpcpipe.train.costs import MeasuredCosts, cache_path, keep_costs, observed_costs, obtain_costs
 from hpcpipe.train.predict import cores_of_pipeline
 from hpcpipe.train.session import Session
 
 _VERSION = 1
 _SHOWN = 6
+_ENOUGH_STEPS = 10
+_MOST_OVERHEAD = 1.25
 
 
 @dataclass(frozen=True)
@@ -99,13 +102,40 @@ def describe_plan(plan: Plan) -> str:
     return f"predicted: {prediction.step_s:.3g} s per step, bubble {bubble:.1%}; blocks per stage: {blocks}"
 
 
-def compare_with_prediction(session: Session, plan: Plan, steps_s: Sequence[float]) -> None:
-    """Say on rank 0, and keep in ``events.jsonl``, how the median step compares with the prediction."""
+def compare_with_prediction(
+    session: Session, plan: Plan, steps_s: Sequence[float], stages: Mapping[int, Stage]
+) -> None:
+    """Say on rank 0, and keep in ``events.jsonl``, how the median step compares with the prediction.
+
+    What the layers took goes to the cache of costs, and the schedule is simulated with it too, which tells a machine
+    that has become slower from a schedule that waits longer than it should. Fewer than ten steps are not compared. All
+    ranks take part.
+
+    Parameters
+    ----------
+    session : Session
+        The run.
+    plan : Plan
+        What it was planned with.
+    steps_s : sequence of float
+        Seconds of each step.
+    stages : mapping of int to Stage
+        What computed on this rank, of `TimedLayer`.
+    """
+    if len(steps_s) < _ENOUGH_STEPS:
+        return
+    config = session.config
+    observed = observed_costs(plan.measured, config, session.schedule, stages, session.grid, session.waiter)
+    if observed is None:
+        return
     measured_s, predicted_s = statistics.median(steps_s), plan.candidate.prediction.step_s
-    session.events.add("step time", predicted_s=predicted_s, measured_s=measured_s)
+    explained_s = plan_schedule(config, session.schedule, observed, plan.cores).prediction.step_s
+    overhead = min(max(1.0, measured_s / explained_s), _MOST_OVERHEAD)
+    keep_costs(cache_path(config, session.num_local_ranks), replace(observed, overhead=overhead))
+    session.events.add("step time", predicted_s=predicted_s, measured_s=measured_s, explained_s=explained_s)
     session.console.say(
-        f"step time: {measured_s:.3g} s measured (median of {len(steps_s)}), {predicted_s:.3g} s predicted,"
-        f" {measured_s / predicted_s - 1:+.1%}"
+        f"step time: {measured_s:.3g} s measured (median of {len(steps_s)}), {predicted_s:.3g} s predicted"
+        f" ({measured_s / predicted_s - 1:+.1%}), {explained_s:.3g} s by what the layers took in this run"
     )
 
 

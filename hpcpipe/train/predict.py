@@ -17,7 +17,7 @@ class Prediction:
     Attributes
     ----------
     step_s : float
-        The whole step: the three parts.
+        The whole step: the three parts, times the measured overhead.
     pipeline_s, update_s, exchange_s : float
         From the first forward to the last backward; what the optimizer takes behind it; what the replicas take to
         sum gradients and to share the updated weights, as if nothing of it were hidden behind the backward.
@@ -63,7 +63,8 @@ def predict(
     ranks = [sum(updates[stage] for stage in schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
     # All ranks update at the same time, and the step ends with the slowest.
     update_s = max(ranks) if cores is None else max(*ranks, sum(ranks) / cores)
-    return Prediction(timeline.makespan + update_s + exchange_s, timeline.makespan, update_s, exchange_s, timeline)
+    step_s = measured.overhead * (timeline.makespan + update_s + exchange_s)
+    return Prediction(step_s, timeline.makespan, update_s, exchange_s, timeline)
 
 
 def stage_costs(blocks_per_stage: Sequence[int], measured: MeasuredCosts) -> Costs:

@@ -169,7 +169,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     waiter.timeout_s = config.parallel.timeout_s
     evaluation = loop.run()
     waiter.timeout_s = _SETUP_TIMEOUT_S
-    compare_with_prediction(session, plan, loop.steps_s)
+    compare_with_prediction(session, plan, loop.steps_s, trainer.stages)
 
     if evaluation is not None:
         show_compression(session, held_out, evaluation)

@@ -17,6 +17,7 @@ from hpcpipe.optim.adamw import MOMENTS, AdamW
 from hpcpipe.optim.shards import Bucket, Slice, cut_into_buckets
 from hpcpipe.pipeline.parameters import Parameters, layout_of
 from hpcpipe.pipeline.stage import Stage
+from hpcpipe.train.stopwatch import TimedLayer
 
 WEIGHT = "weight"
 
@@ -116,13 +117,14 @@ class State:
             for tensor in stage.parameters.layout.stored:
                 fill_initial(tensor, self.config.run.seed, stage.parameters.weights.arrays[tensor.name])
 
-    def compute_stages(self, batch: int, recompute: bool = False) -> dict[int, Stage]:
-        """Return this rank's stages ready to compute on microbatches of `batch` samples."""
+    def compute_stages(self, batch: int, recompute: bool = False, timed: bool = False) -> dict[int, Stage]:
+        """Return this rank's stages ready for microbatches of `batch` samples, with stopwatches if `timed`."""
         model = self.config.model
-        return {
-            index: Stage(stage.layers, stage.parameters, batch, model.context, model.width, recompute)
-            for index, stage in self.stages.items()
-        }
+        stages = {}
+        for index, stage in self.stages.items():
+            layers = [TimedLayer(layer) for layer in stage.layers] if timed else stage.layers
+            stages[index] = Stage(layers, stage.parameters, batch, model.context, model.width, recompute)
+        return stages
 
 
 def build_state(config: Config, placement: Sequence[int], stage_rank: int, replica: int = 0) -> State:

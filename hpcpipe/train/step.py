@@ -80,6 +80,11 @@ class Trainer:
         The samples of this replica.
     mode : MessageMode
         How messages are sent.
+
+    Attributes
+    ----------
+    stages : dict of int to Stage
+        What computes; its layers are `hpcpipe.train.stopwatch.TimedLayer`.
     """
 
     def __init__(
@@ -115,10 +120,12 @@ class Trainer:
             poll=self._exchange.advance,
         )
         channel = Channel(grid.pipeline_comm, waiter, mode)
+        recompute = config.train.recompute == "full"
+        self.stages = state.compute_stages(config.parallel.microbatch_size, recompute, timed=True)
         self._executor = Executor(
             schedule,
             grid.stage_rank,
-            state.compute_stages(config.parallel.microbatch_size, config.train.recompute == "full"),
+            self.stages,
             Messages(channel, schedule),
             work,
         )

@@ -1,6 +1,8 @@
 """Runs that decide for themselves: costs, prediction, partition and schedule are in the run directory."""
 
 import json
+import os
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -36,18 +38,29 @@ def test_the_prediction_is_there_before_the_first_step(runs: Runs) -> None:
     finished = runs.train("run", 2, "train.learning_rate=1e38", "train.min_learning_rate=0", "train.warmup_steps=0")
     assert finished.code == 70
     found = prediction(runs.directory("run"))
-    assert 0 < found["step_s"] == pytest.approx(found["pipeline_s"] + found["update_s"] + found["exchange_s"])
+    parts = found["pipeline_s"] + found["update_s"] + found["exchange_s"]
+    assert 0 < found["step_s"] == pytest.approx(parts * found["costs"]["overhead"])
     assert found["costs"]["block"]["forward"] > found["costs"]["embedding"]["forward"] > 0
 
 
-def test_costs_are_measured_once_and_compared_at_the_end(runs: Runs) -> None:
-    runs.train_well("first", 2, "train.steps=2")
-    directory = runs.train_well("second", 2, "train.steps=2")
-    assert prediction(directory)["costs_from_cache"]
-    assert prediction(directory)["costs"] == prediction(runs.directory("first"))["costs"]
-    events = [json.loads(line) for line in (directory / "events.jsonl").read_text().splitlines()]
+def test_costs_are_measured_once_refined_by_a_run_and_compared_at_its_end(runs: Runs) -> None:
+    cache = {"HPCPIPE_CACHE_DIR": str(runs.root / "cache")}
+    shutil.copytree(os.environ["HPCPIPE_CACHE_DIR"], cache["HPCPIPE_CACHE_DIR"], ignore=shutil.ignore_patterns("costs"))
+    first, second, third = (
+        runs.train_well(name, 2, f"train.steps={steps}", environ=cache)
+        for name, steps in (("first", 2), ("second", 12), ("third", 2))
+    )
+    assert not prediction(first)["costs_from_cache"] and prediction(second)["costs_from_cache"]
+    assert prediction(second)["costs"] == prediction(first)["costs"]
+    refined = prediction(third)["costs"]
+    assert refined != prediction(first)["costs"]
+    assert refined["block"]["update"] == prediction(first)["costs"]["block"]["update"]
+    for part in ("forward", "backward_input", "backward_weight", "backward"):
+        assert refined["block"][part] == pytest.approx(prediction(first)["costs"]["block"][part], rel=0.9)
+    events = [json.loads(line) for line in (second / "events.jsonl").read_text().splitlines()]
     compared = next(event for event in events if event["event"] == "step time")
-    assert compared["predicted_s"] == prediction(directory)["step_s"] and compared["measured_s"] > 0
+    assert compared["predicted_s"] == prediction(second)["step_s"]
+    assert compared["measured_s"] > 0 < compared["explained_s"]
 
 
 def test_greedy_runs_with_measured_costs_and_the_head_alone(runs: Runs, finished_run: Path) -> None:

@@ -39,6 +39,8 @@ def test_a_prediction_is_the_simulated_pipeline_and_the_slowest_update():
     assert prediction.update_s == pytest.approx(0.2)
     assert prediction.step_s == pytest.approx(2 * 33 + 0.2)
     assert predict(schedule, [2, 2, 2, 2], measured(), data=2, cores=None).update_s == pytest.approx(0.1)
+    late = replace(measured(), overhead=1.5)
+    assert predict(schedule, [2, 2, 2, 2], late, data=1, cores=None).step_s == pytest.approx(1.5 * (2 * 33 + 0.2))
     one_core = predict(schedule, [2, 2, 2, 2], measured(), data=1, cores=1)
     assert one_core.step_s == pytest.approx(8 * 8 * 3 + 0.8)
 
@@ -155,7 +157,7 @@ def test_the_cache_is_fresh_whole_and_of_this_machine(tmp_path, monkeypatch):
     assert path != costs_module.cache_path(config(), 2)
     assert path != costs_module.cache_path(config(microbatch_size=3), 4)
     assert costs_module._read_fresh(path) is None
-    costs_module._keep(path, measured(head=2.0))
+    costs_module.keep_costs(path, measured(head=2.0))
     content = costs_module._read_fresh(path)
     assert content is not None
     again = costs_module._parse(json.loads(content), from_cache=True)
