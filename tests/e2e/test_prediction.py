@@ -1,7 +1,6 @@
 """Runs that decide for themselves: costs, prediction, partition and schedule are in the run directory."""
 
 import json
-import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -9,6 +8,8 @@ from pathlib import Path
 import pytest
 from support.commands import bits
 from support.runs import Runs
+
+from hpcpipe.kernels.jit import CACHE_DIRECTORY
 
 
 def prediction(directory: Path) -> dict:
@@ -45,7 +46,8 @@ def test_the_prediction_is_there_before_the_first_step(runs: Runs) -> None:
 
 def test_costs_are_measured_once_refined_by_a_run_and_compared_at_its_end(runs: Runs) -> None:
     cache = {"HPCPIPE_CACHE_DIR": str(runs.root / "cache")}
-    shutil.copytree(os.environ["HPCPIPE_CACHE_DIR"], cache["HPCPIPE_CACHE_DIR"], ignore=shutil.ignore_patterns("costs"))
+    copy = runs.root / "cache" / "hpcpipe" / CACHE_DIRECTORY.name
+    shutil.copytree(CACHE_DIRECTORY, copy, ignore=shutil.ignore_patterns("costs"))
     first, second, third = (
         runs.train_well(name, 2, f"train.steps={steps}", environ=cache)
         for name, steps in (("first", 2), ("second", 12), ("third", 2))
