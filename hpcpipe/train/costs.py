@@ -191,7 +191,7 @@ def _measure(config: Config, grid: Grid, waiter: Waiter) -> MeasuredCosts:
 def _read_fresh(path: Path) -> bytes | None:
     """Return the bytes of a cache file, unless it is missing, old, or not what it should be."""
     try:
-        if not 0 <= time.time() - path.stat().st_mtime < _FRESH_S:
+        if not path.is_file() or not 0 <= time.time() - path.stat().st_mtime < _FRESH_S:
             return None
         content = path.read_bytes()
         _parse(json.loads(content), from_cache=True)

@@ -173,3 +173,7 @@ def test_the_cache_is_fresh_whole_and_of_this_machine(tmp_path, monkeypatch):
     ):
         path.write_text(damage)
         assert costs_module._read_fresh(path) is None
+    path.unlink()
+    # Whoever opened this would wait for a writer for ever.
+    os.mkfifo(path)
+    assert costs_module._read_fresh(path) is None
