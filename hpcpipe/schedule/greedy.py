@@ -71,6 +71,8 @@ def greedy(
             makespan, lists = found
         if makespan <= enough:
             break
+    if not lists:
+        raise UsageError("schedule greedy: the times are too large to add up: give them in a larger unit")
     whole = tuple(map(_with_whole_first_stage, lists))
     return _with_whole_backwards(Schedule("greedy", num_microbatches, tuple(placement), whole), costs)
 

@@ -165,6 +165,8 @@ def simulate(schedule: Schedule, costs: Costs, cores: float | None = None) -> Ti
 
     busy = tuple(map(sum, per_rank(durations)))
     makespan = float(ends.max(initial=0.0))
+    if not np.isfinite(makespan):
+        raise UsageError(f"schedule {schedule.name}: the times are too large to add up: give them in a larger unit")
     _, counts = in_flight(flat.rank[needs[crosses]], ends[needs[crosses]], starts[crosses])
     return Timeline(
         starts=tuple(map(tuple, per_rank(starts))),

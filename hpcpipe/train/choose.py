@@ -21,7 +21,7 @@ GREEDY = "greedy"
 _WORTH = 0.01
 _EQUAL = 0.002
 _CHUNKS = (2, 3, 4, 8)
-_MOST_FOR_GREEDY = 1 << 16
+_MOST_FOR_GREEDY = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,9 @@ def _options(config: Config) -> Iterator[tuple[Config, int]]:
     parallel = config.parallel
     for name, generator in GENERATORS.items():
         counts = [count for count in _CHUNKS if count * parallel.pipeline <= config.model.layers + 1]
-        if parallel.pipeline == 1:
+        if parallel.chunks:
+            counts = [parallel.chunks] if generator.chunks in (0, parallel.chunks) else []
+        elif parallel.pipeline == 1:
             counts = [1] if generator.chunks != 2 else []
         elif generator.chunks:
             counts = [generator.chunks]

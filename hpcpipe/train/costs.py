@@ -27,6 +27,7 @@ from hpcpipe.train.stopwatch import TimedLayer
 
 _VERSION = 1
 _FRESH_S = 24 * 3600.0
+_LONGEST_S = 1e6
 _KINDS = ("embedding", "block", "head")
 
 
@@ -195,7 +196,7 @@ def _read_fresh(path: Path) -> bytes | None:
             return None
         content = path.read_bytes()
         _parse(json.loads(content), from_cache=True)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
         return None
     return content
 
@@ -205,10 +206,12 @@ def _parse(document: dict[str, Any], from_cache: bool) -> MeasuredCosts:
         raise ValueError(f"version {document['version']}")
     kinds = [LayerCosts(*(float(document[kind][field.name]) for field in fields(LayerCosts))) for kind in _KINDS]
     message_s, overhead = float(document["message_s"]), float(document["overhead"])
-    times = [message_s, overhead, *(value for costs in kinds for value in astuple(costs))]
-    if not all(math.isfinite(value) and value >= 0 for value in times):
-        raise ValueError("a cost is not a time")
+    times = [value for costs in kinds for value in astuple(costs)]
+    if not (0 <= message_s < _LONGEST_S and overhead >= 1 and math.isfinite(overhead)):
+        raise ValueError("message or overhead is impossible")
     embedding, block, head = kinds
+    if not all(0 <= value < _LONGEST_S for value in times) or min(block.forward, block.backward) == 0:
+        raise ValueError("a cost is not a time")
     return MeasuredCosts(embedding, block, head, message_s, str(document["measured"]), from_cache, overhead)
 
 

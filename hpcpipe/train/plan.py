@@ -1,14 +1,18 @@
 """The plan of a run: costs, partition, schedule and what a step should take, decided before anything is allocated."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from hpcpipe.cluster.processor import memory
 from hpcpipe.config.dump import to_toml
 from hpcpipe.mpi.agree import together
+from hpcpipe.mpi.collectives import gather_rows
 from hpcpipe.pipeline.stage import Stage
 from hpcpipe.schedule.csv_file import write_csv
 from hpcpipe.telemetry.files import write_whole
@@ -60,13 +64,13 @@ def make_plan(session: Session) -> Plan:
     """
     config, grid, waiter = session.config, session.grid, session.waiter
     measured = obtain_costs(config, grid, waiter, session.num_local_ranks)
-    cores = cores_of_pipeline(config, session.num_local_ranks, session.num_local_cores)
+    own_cores = cores_of_pipeline(config, session.num_local_ranks, session.num_local_cores)
+    limit_bytes, cores = _agree(session, memory().available_bytes / session.num_local_ranks, own_cores)
     candidate, choice = None, None
     if config.parallel.schedule == AUTO:
         session.console.say("schedule auto: simulating what could run")
     with together(grid.comm, waiter):
         if config.parallel.schedule == AUTO:
-            limit_bytes = memory().available_bytes / session.num_local_ranks
             choice = choose_schedule(config, measured, cores, limit_bytes)
             candidate = choice.chosen
         else:
@@ -76,6 +80,13 @@ def make_plan(session: Session) -> Plan:
     if choice is not None:
         session.console.say(explain(choice))
     return Plan(candidate, choice, measured, cores)
+
+
+def _agree(session: Session, limit_bytes: float, cores: float | None) -> tuple[float, float | None]:
+    """Return the least memory and cores of all ranks, since ranks that plan with other numbers choose otherwise."""
+    own = np.array([limit_bytes, math.inf if cores is None else cores])
+    limit_bytes, least = gather_rows(session.grid.comm, session.waiter, own).min(axis=0).tolist()
+    return limit_bytes, None if math.isinf(least) else least
 
 
 def write_plan(session: Session, plan: Plan) -> None:

@@ -135,6 +135,12 @@ def test_chunks_and_partition_that_are_given_stay():
     assert {candidate.config.parallel.partition for candidate in chosen.ranking} == {(3, 2, 2, 1)}
 
 
+def test_chunks_that_are_asked_for_are_tried():
+    chosen = choose_schedule(config(2, layers=12, chunks=5), measured(), None)
+    assert {candidate.config.parallel.chunks for candidate in chosen.ranking} == {5}
+    assert choose_schedule(config(1, layers=4, chunks=2), measured(), None).chosen.config.parallel.chunks == 2
+
+
 def test_layers_are_timed():
     times = profile_layers(config(1))
     assert len(times) == 3
@@ -168,6 +174,10 @@ def test_the_cache_is_fresh_whole_and_of_this_machine(tmp_path, monkeypatch):
     for damage in (
         "",
         "{}",
+        "[" * 100000,
+        content.decode().replace('"message_s": 0.0', f'"message_s": {"9" * 401}'),
+        content.decode().replace('"overhead": 1.0', '"overhead": 0'),
+        content.decode().replace("2.0", "1e308"),
         content.decode().replace("2.0", "NaN"),
         content.decode().replace('"version": 1', '"version": 2'),
     ):

@@ -249,3 +249,10 @@ def test_show_takes_under_half_a_second_and_needs_no_mpi_and_no_numba():
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
     assert min(processor_time_s() for _ in range(5)) < 0.5
+
+
+@pytest.mark.parametrize("words", [("--costs", "1e308,1e308,1e308"), ("--message", "1e308")])
+@pytest.mark.parametrize("name", ["greedy", "1f1b"])
+def test_times_that_do_not_add_up_are_refused(call, name, words):
+    code, _, err = call("simulate", name, *SMALL, *words)
+    assert code == ExitCode.USAGE and "too large to add up" in err
