@@ -54,7 +54,7 @@ class ParallelConfig:
     chunks: int = key(0, "stages per rank; 0: what the schedule is defined for, or 2 where it may be any number")
     microbatches: int = key(8, "microbatches per step over all replicas, a multiple of data")
     microbatch_size: int = key(4, "samples per microbatch")
-    partition: str | tuple[int, ...] = key("auto", "layers of each stage; auto: cut by measured costs")
+    partition: str | tuple[int, ...] = key("auto", "blocks of each stage, as a list; auto: cut by measured costs")
     threads: int = key(1, "threads per rank; this version computes with one")
     lanes: int = key(0, "partial gradient sums per step, see docs/numerics.md; 0: chosen from microbatches")
     timeout_s: float = key(600.0, "seconds a rank waits for another before it gives up")

@@ -119,6 +119,11 @@ def check_schedule(config: Config, schedule: Schedule) -> Config:
         As `hpcpipe.config.check.check_stages`.
     """
     parallel = config.parallel
+    if schedule.is_forward_only:
+        raise UsageError(
+            f"parallel.schedule = {parallel.schedule} has no backward, so that nothing would be trained: choose another"
+            ' one, such as "1f1b", or "auto"'
+        )
     if parallel.schedule != AUTO:
         return check_stages(config, schedule.num_stages)
     given = 0 if isinstance(parallel.partition, str) else len(parallel.partition)

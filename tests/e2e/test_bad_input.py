@@ -52,6 +52,7 @@ def unchanged(before: dict[str, bytes], directory: Path) -> None:
         (3, ["parallel.data=2"], ["parallel.data = 2", "3", "-n 4"]),
         (3, ["model.layers=1"], ["model.layers = 1", "3 stages", "model.layers = 2", "-n 1"]),
         (3, ["parallel.partition=[2,2,2]"], ["parallel.partition = [2, 2, 2]", "6 layers", "model.layers = 5"]),
+        (2, ["parallel.schedule=forward"], ["parallel.schedule = forward", "no backward", "1f1b"]),
         (2, ["model.vocab=200"], ["model.vocab = 200", "257", "model.vocab = 257"]),
         (2, ["model.vocab=300", "model.width=48"], ["width", "48", "32", "vocab", "300", "257", "run.name"]),
         (3, ["model.layers=6", "model.tied=false"], ["layers", "6", "5", "tied", "run.name"]),
