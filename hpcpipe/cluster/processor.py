@@ -1,5 +1,6 @@
 """What this machine computes with: cores, CPU features and memory, read from Linux."""
 
+import math
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -50,11 +51,7 @@ def num_cores(root: Path = Path("/")) -> int:
     int
         Size of the affinity mask, lowered to the CPU quota of the control group rounded up; at least 1.
     """
-    allowed = len(os.sched_getaffinity(0))
-    quota = cpu_quota(root)
-    if quota is None:
-        return allowed
-    return max(1, min(allowed, -int(-quota // 1)))
+    return _within_quota(len(os.sched_getaffinity(0)), root)
 
 
 def num_physical_cores(root: Path = Path("/"), processors: Collection[int] | None = None) -> int:
@@ -76,8 +73,7 @@ def num_physical_cores(root: Path = Path("/"), processors: Collection[int] | Non
     for cpu in sorted(os.sched_getaffinity(0) if processors is None else processors):
         topology = root / "sys/devices/system/cpu" / f"cpu{cpu}" / "topology/thread_siblings_list"
         siblings.add(_read(topology) or str(cpu))
-    quota = cpu_quota(root)
-    return len(siblings) if quota is None else max(1, min(len(siblings), -int(-quota // 1)))
+    return _within_quota(len(siblings), root)
 
 
 def is_restricted(root: Path = Path("/")) -> bool:
@@ -174,6 +170,12 @@ def memory(root: Path = Path("/")) -> Memory:
                 total = int(limit)
                 available = min(available, max(0, total - int(_read(group / usage_name) or "0")))
     return Memory(total, available)
+
+
+def _within_quota(count: int, root: Path) -> int:
+    """Lower a number of processors to the CPU quota rounded up, and to no less than 1."""
+    quota = cpu_quota(root)
+    return count if quota is None else max(1, min(count, math.ceil(quota)))
 
 
 def _control_groups(root: Path, controller: str) -> list[Path]:
