@@ -1,18 +1,17 @@
 """Choosing partition and schedule: every candidate is simulated with measured costs, and the fastest that fits wins."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hpcpipe.config.check import check_stages
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import UsageError
-from hpcpipe.model.gpt2 import build_layers
-from hpcpipe.model.partition import balance_blocks, partition
+from hpcpipe.model.partition import balance_blocks
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.schedule.build import GENERATORS, build
 from hpcpipe.train.costs import MeasuredCosts
 from hpcpipe.train.footprint import predict_bytes
-from hpcpipe.train.predict import Prediction, predict, stage_costs
+from hpcpipe.train.predict import Prediction, predict_step, stage_costs
 
 AUTO = "auto"
 PLAIN = "1f1b"
@@ -73,9 +72,7 @@ class Choice:
     refused: dict[str, str]
 
 
-def plan_schedule(
-    config: Config, schedule: Schedule, measured: MeasuredCosts, cores: float | None, stash: int = 0
-) -> Candidate:
+def plan_schedule(config: Config, schedule: Schedule, measured: MeasuredCosts, cores: float | None) -> Candidate:
     """Partition the model for a given schedule, and predict its step.
 
     Parameters
@@ -83,27 +80,35 @@ def plan_schedule(
     config : Config
         Resolved, with the vocabulary.
     schedule : Schedule
-        Lowered and checked; ``greedy`` is made again, for the costs of the partition.
+        Lowered and checked.
     measured : MeasuredCosts
         Of layers and messages.
     cores : float or None
         Cores that the ranks of a pipeline share; None if each has its own.
+    """
+    return _predicted(_cut_by_costs(config, schedule.num_stages, measured), schedule, measured, cores)
+
+
+def plan_greedy(config: Config, measured: MeasuredCosts, cores: float | None, stash: int = 0) -> Candidate:
+    """Partition the model, make ``greedy`` for the costs of the partition, and predict its step.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved, with the vocabulary and the number of chunks.
+    measured, cores
+        As for `plan_schedule`.
     stash : int
-        Microbatches that a rank of ``greedy`` may stash; 0 for as many as there are ranks.
+        Microbatches that a rank may stash; 0 for as many as there are ranks.
+
+    Raises
+    ------
+    UsageError
+        If the schedule is not defined for these numbers.
     """
     parallel = config.parallel
-    cut = parallel.partition
-    if isinstance(cut, str):
-        costs = [layer.forward + layer.backward for layer in measured.of_model(config.model.layers)]
-        cut = tuple(balance_blocks(costs, schedule.num_stages))
-    if parallel.schedule == GREEDY:
-        stages, limit = stage_costs(cut, measured), [stash] * schedule.num_ranks if stash else None
-        schedule = build(GREEDY, schedule.num_ranks, schedule.num_microbatches, parallel.chunks, stages, limit)
-    config = replace(config, parallel=replace(parallel, partition=cut))
-    exchange_s = _exchange_s(config, schedule, cut, measured)
-    prediction = predict(schedule, cut, measured, parallel.data, cores, exchange_s)
-    memory_bytes = max(predict_bytes(config, schedule, rank) for rank in range(schedule.num_ranks))
-    return Candidate(config, schedule, prediction, memory_bytes, stash)
+    config = _cut_by_costs(config, parallel.pipeline * parallel.chunks, measured)
+    return _predicted(config, _make_greedy(config, measured, stash), measured, cores, stash)
 
 
 def choose_schedule(
@@ -153,19 +158,6 @@ def choose_schedule(
     return Choice(min(equal, key=lambda candidate: candidate.memory_bytes), tuple(ranking), refused)
 
 
-def _exchange_s(config: Config, schedule: Schedule, cut: Sequence[int], measured: MeasuredCosts) -> float:
-    """Return what a reduce-scatter of gradients and an all-gather of weights take the rank with most of them."""
-    model, parallel = config.model, config.parallel
-    layers = build_layers(model)
-    sizes = [
-        sum(tensor.size for layer in layers[held.start : held.stop] for tensor in layer.tensors)
-        for held in partition(layers, schedule.num_stages, cut)
-    ]
-    largest = max(sum(sizes[stage] for stage in schedule.stages_of(rank)) for rank in range(schedule.num_ranks))
-    streams = largest / (parallel.microbatch_size * model.context * model.width)
-    return 2 * (parallel.data - 1) / parallel.data * streams * measured.message_s
-
-
 def _label(config: Config, stash: int) -> str:
     parallel = config.parallel
     chunks = f", {parallel.chunks} chunks" if parallel.chunks > 1 else ""
@@ -197,7 +189,34 @@ def _options(config: Config) -> Iterator[tuple[Config, int]]:
 
 def _candidate(option: Config, measured: MeasuredCosts, cores: float | None, stash: int) -> Candidate:
     parallel = option.parallel
+    option = check_stages(option, parallel.pipeline * parallel.chunks)
+    if parallel.schedule == GREEDY:
+        return plan_greedy(option, measured, cores, stash)
     num_microbatches = parallel.microbatches // parallel.data
-    check_stages(option, parallel.pipeline * parallel.chunks)
     schedule = build(parallel.schedule, parallel.pipeline, num_microbatches, parallel.chunks)
-    return plan_schedule(check_stages(option, schedule.num_stages), schedule, measured, cores, stash)
+    return plan_schedule(option, schedule, measured, cores)
+
+
+def _cut_by_costs(config: Config, num_stages: int, measured: MeasuredCosts) -> Config:
+    """Fill in the partition, unless it was made by hand."""
+    if not isinstance(config.parallel.partition, str):
+        return config
+    costs = [layer.forward + layer.backward for layer in measured.of_model(config.model.layers)]
+    return replace(config, parallel=replace(config.parallel, partition=tuple(balance_blocks(costs, num_stages))))
+
+
+def _make_greedy(config: Config, measured: MeasuredCosts, stash: int) -> Schedule:
+    parallel = config.parallel
+    assert not isinstance(parallel.partition, str)
+    costs = stage_costs(parallel.partition, measured)
+    max_stash = [stash] * parallel.pipeline if stash else None
+    num_microbatches = parallel.microbatches // parallel.data
+    return build(GREEDY, parallel.pipeline, num_microbatches, parallel.chunks, costs, max_stash)
+
+
+def _predicted(
+    config: Config, schedule: Schedule, measured: MeasuredCosts, cores: float | None, stash: int = 0
+) -> Candidate:
+    prediction = predict_step(config, schedule, measured, cores)
+    memory_bytes = max(predict_bytes(config, schedule, rank) for rank in range(schedule.num_ranks))
+    return Candidate(config, schedule, prediction, memory_bytes, stash)

@@ -16,9 +16,9 @@ from hpcpipe.mpi.collectives import gather_rows
 from hpcpipe.pipeline.stage import Stage
 from hpcpipe.schedule.csv_file import write_csv
 from hpcpipe.telemetry.files import write_whole
-from hpcpipe.train.choose import AUTO, Candidate, Choice, choose_schedule, plan_schedule
+from hpcpipe.train.choose import AUTO, GREEDY, Candidate, Choice, choose_schedule, plan_greedy, plan_schedule
 from hpcpipe.train.costs import MeasuredCosts, cache_path, keep_costs, observed_costs, obtain_costs
-from hpcpipe.train.predict import cores_of_pipeline
+from hpcpipe.train.predict import cores_of_pipeline, predict_step
 from hpcpipe.train.session import Session
 
 _VERSION = 1
@@ -73,6 +73,8 @@ def make_plan(session: Session) -> Plan:
         if config.parallel.schedule == AUTO:
             choice = choose_schedule(config, measured, cores, limit_bytes)
             candidate = choice.chosen
+        elif config.parallel.schedule == GREEDY:
+            candidate = plan_greedy(config, measured, cores)
         else:
             candidate = plan_schedule(config, session.schedule, measured, cores)
     assert candidate is not None
@@ -118,9 +120,9 @@ def compare_with_prediction(
 ) -> None:
     """Say on rank 0, and keep in ``events.jsonl``, how the median step compares with the prediction.
 
-    What the layers took goes to the cache of costs, and the schedule is simulated with it too, which tells a machine
-    that has become slower from a schedule that waits longer than it should. Fewer than ten steps are not compared. All
-    ranks take part.
+    What the layers took goes to the cache of costs, and the schedule that ran is simulated with it too, which tells a
+    machine that has become slower from a schedule that waits longer than it should. Fewer than ten steps are not
+    compared. All ranks take part.
 
     Parameters
     ----------
@@ -135,12 +137,12 @@ def compare_with_prediction(
     """
     if len(steps_s) < _ENOUGH_STEPS:
         return
-    config = session.config
-    observed = observed_costs(plan.measured, config, session.schedule, stages, session.grid, session.waiter)
+    config, schedule = plan.candidate.config, plan.candidate.schedule
+    observed = observed_costs(plan.measured, config, schedule, stages, session.grid, session.waiter)
     if observed is None:
         return
     measured_s, predicted_s = statistics.median(steps_s), plan.candidate.prediction.step_s
-    explained_s = plan_schedule(config, session.schedule, observed, plan.cores).prediction.step_s
+    explained_s = predict_step(config, schedule, observed, plan.cores).step_s
     overhead = min(max(1.0, measured_s / explained_s), _MOST_OVERHEAD)
     keep_costs(cache_path(config, session.num_local_ranks), replace(observed, overhead=overhead))
     session.events.add("step time", predicted_s=predicted_s, measured_s=measured_s, explained_s=explained_s)

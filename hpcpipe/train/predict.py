@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hpcpipe.config.schema import Config
+from hpcpipe.model.gpt2 import build_layers
+from hpcpipe.model.partition import partition
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.schedule.simulate import Costs, Timeline, simulate
 from hpcpipe.train.costs import MeasuredCosts
@@ -32,37 +34,30 @@ class Prediction:
     timeline: Timeline
 
 
-def predict(
-    schedule: Schedule,
-    blocks_per_stage: Sequence[int],
-    measured: MeasuredCosts,
-    data: int,
-    cores: float | None,
-    exchange_s: float = 0.0,
-) -> Prediction:
-    """Predict the step of a pipeline.
+def predict_step(config: Config, schedule: Schedule, measured: MeasuredCosts, cores: float | None) -> Prediction:
+    """Predict the step of a partitioned model.
 
     Parameters
     ----------
+    config : Config
+        Resolved, with the vocabulary and with blocks per stage as its partition.
     schedule : Schedule
-        What the ranks do.
-    blocks_per_stage : sequence of int
-        The partition.
+        What the ranks do, taken as it is.
     measured : MeasuredCosts
         Of layers and messages.
-    data : int
-        Replicas, over which the optimizer's work is shared.
     cores : float or None
         Cores that the ranks of the pipeline share; None if each has its own.
-    exchange_s : float
-        Seconds of the sums over replicas.
     """
-    layers = layers_of_stages(blocks_per_stage, measured)
+    cut = config.parallel.partition
+    assert not isinstance(cut, str)
+    layers = layers_of_stages(cut, measured)
     timeline = simulate(schedule, costs_of(layers, measured.message_s), cores)
-    updates = [sum(cost.update for cost in stage) / data for stage in layers]
+    # The optimizer's work is shared over the replicas.
+    updates = [sum(cost.update for cost in stage) / config.parallel.data for stage in layers]
     ranks = [sum(updates[stage] for stage in schedule.stages_of(rank)) for rank in range(schedule.num_ranks)]
     # All ranks update at the same time, and the step ends with the slowest.
     update_s = max(ranks) if cores is None else max(*ranks, sum(ranks) / cores)
+    exchange_s = _exchange_s(config, schedule, cut, measured)
     step_s = measured.overhead * (timeline.makespan + update_s + exchange_s)
     return Prediction(step_s, timeline.makespan, update_s, exchange_s, timeline)
 
@@ -100,3 +95,16 @@ def cores_of_pipeline(config: Config, num_local_ranks: int, num_local_cores: int
     if num_local_ranks <= num_local_cores:
         return None
     return config.parallel.pipeline * num_local_cores / num_local_ranks
+
+
+def _exchange_s(config: Config, schedule: Schedule, cut: Sequence[int], measured: MeasuredCosts) -> float:
+    """Return what a reduce-scatter of gradients and an all-gather of weights take the rank with most of them."""
+    model, parallel = config.model, config.parallel
+    layers = build_layers(model)
+    sizes = [
+        sum(tensor.size for layer in layers[held.start : held.stop] for tensor in layer.tensors)
+        for held in partition(layers, schedule.num_stages, cut)
+    ]
+    largest = max(sum(sizes[stage] for stage in schedule.stages_of(rank)) for rank in range(schedule.num_ranks))
+    streams = largest / (parallel.microbatch_size * model.context * model.width)
+    return 2 * (parallel.data - 1) / parallel.data * streams * measured.message_s

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,10 +11,12 @@ from hpcpipe.config.check import check_stages, resolve
 from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig
 from hpcpipe.errors import UsageError
 from hpcpipe.schedule.build import build
+from hpcpipe.train import choose as choose_module
 from hpcpipe.train import costs as costs_module
-from hpcpipe.train.choose import choose_schedule, plan_schedule
+from hpcpipe.train import plan as plan_module
+from hpcpipe.train.choose import choose_schedule, plan_greedy, plan_schedule
 from hpcpipe.train.costs import MeasuredCosts
-from hpcpipe.train.predict import costs_of, layers_of_stages, predict
+from hpcpipe.train.predict import costs_of, layers_of_stages, predict_step
 from hpcpipe.train.profile import LayerCosts, profile_layers
 
 BLOCK = LayerCosts(1.0, 1.0, 1.0, 2.0, 0.1)
@@ -34,14 +37,16 @@ def config(num_ranks=4, layers=8, **parallel):
 
 def test_a_prediction_is_the_simulated_pipeline_and_the_slowest_update():
     schedule = build("1f1b", 4, 8)
-    prediction = predict(schedule, [2, 2, 2, 2], measured(), data=1, cores=None)
+    even = config(partition=(2, 2, 2, 2))
+    prediction = predict_step(even, schedule, measured(), cores=None)
     assert prediction.pipeline_s == pytest.approx(2 * 33)
     assert prediction.update_s == pytest.approx(0.2)
     assert prediction.step_s == pytest.approx(2 * 33 + 0.2)
-    assert predict(schedule, [2, 2, 2, 2], measured(), data=2, cores=None).update_s == pytest.approx(0.1)
+    replicas = config(8, partition=(2, 2, 2, 2), data=2)
+    assert predict_step(replicas, schedule, measured(), cores=None).update_s == pytest.approx(0.1)
     late = replace(measured(), overhead=1.5)
-    assert predict(schedule, [2, 2, 2, 2], late, data=1, cores=None).step_s == pytest.approx(1.5 * (2 * 33 + 0.2))
-    one_core = predict(schedule, [2, 2, 2, 2], measured(), data=1, cores=1)
+    assert predict_step(even, schedule, late, cores=None).step_s == pytest.approx(1.5 * (2 * 33 + 0.2))
+    one_core = predict_step(even, schedule, measured(), cores=1)
     assert one_core.step_s == pytest.approx(8 * 8 * 3 + 0.8)
 
 
@@ -139,6 +144,53 @@ def test_chunks_that_are_asked_for_are_tried():
     chosen = choose_schedule(config(2, layers=12, chunks=5), measured(), None)
     assert {candidate.config.parallel.chunks for candidate in chosen.ranking} == {5}
     assert choose_schedule(config(1, layers=4, chunks=2), measured(), None).chosen.config.parallel.chunks == 2
+
+
+def test_greedy_is_made_once_for_the_costs_of_the_cut(monkeypatch):
+    built = []
+
+    def counting(name, *arguments):
+        built.append(name)
+        return build(name, *arguments)
+
+    monkeypatch.setattr(choose_module, "build", counting)
+    choice = choose_schedule(config(chunks=1), measured(head=2.0), None)
+    labels = [candidate.label for candidate in choice.ranking]
+    assert labels.count("greedy") == labels.count("greedy, stash 8") == 1
+    assert built.count("greedy") == 2
+
+
+@pytest.mark.parametrize("stash", [0, 8])
+def test_a_step_is_explained_by_the_schedule_that_ran(monkeypatch, stash):
+    """Other costs than the plan's would make another greedy schedule, which nobody ran."""
+    planned, observed = measured(), replace(measured(), block=LayerCosts(1.0, 0.3, 3.0, 3.3, 0.1))
+    option = check_stages(config(schedule="greedy", chunks=2), 8)
+    candidate = plan_greedy(option, planned, None, stash)
+    ran, again = (plan.schedule for plan in (candidate, plan_greedy(option, observed, None)))
+    explained = predict_step(candidate.config, ran, observed, None)
+    assert explained.step_s > 1.05 * predict_step(candidate.config, again, observed, None).step_s
+
+    added, kept = [], []
+    monkeypatch.setattr(plan_module, "observed_costs", lambda *_: observed)
+    monkeypatch.setattr(plan_module, "keep_costs", lambda _, costs: kept.append(costs))
+    session = SimpleNamespace(
+        config=candidate.config,
+        schedule=ran,
+        grid=None,
+        waiter=None,
+        num_local_ranks=4,
+        events=SimpleNamespace(add=lambda event, **facts: added.append((event, facts))),
+        console=SimpleNamespace(say=lambda _: None),
+    )
+    plan = plan_module.Plan(candidate, None, planned, None)
+    for steps_s, overhead in ((1.1, 1.1), (9.0, 1.25), (0.9, 1.0)):
+        plan_module.compare_with_prediction(session, plan, [steps_s * explained.step_s] * 10, {})
+        event, facts = added.pop()
+        assert event == "step time"
+        assert facts["explained_s"] == explained.step_s and facts["predicted_s"] == candidate.prediction.step_s
+        assert kept.pop() == replace(observed, overhead=pytest.approx(overhead))
+    plan_module.compare_with_prediction(session, plan, [1.0] * 9, {})
+    assert not added and not kept
 
 
 def test_layers_are_timed():
