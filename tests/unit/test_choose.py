@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,16 +11,19 @@ import pytest
 from hpcpipe.config.check import check_stages, resolve
 from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig
 from hpcpipe.errors import UsageError
+from hpcpipe.model.gpt2 import build_layers
 from hpcpipe.schedule.build import build
 from hpcpipe.train import choose as choose_module
 from hpcpipe.train import costs as costs_module
 from hpcpipe.train import plan as plan_module
+from hpcpipe.train import profile as profile_module
 from hpcpipe.train.choose import choose_schedule, plan_greedy, plan_schedule
 from hpcpipe.train.costs import MeasuredCosts
 from hpcpipe.train.predict import costs_of, layers_of_stages, predict_step
 from hpcpipe.train.profile import LayerCosts, profile_layers
 
 BLOCK = LayerCosts(1.0, 1.0, 1.0, 2.0, 0.1)
+TICKS = {"forward": 10, "backward_input": 100, "backward_weight": 1000}
 
 
 def measured(embedding=0.0, head=0.0, message_s=0.0):
@@ -193,20 +197,65 @@ def test_a_step_is_explained_by_the_schedule_that_ran(monkeypatch, stash):
     assert not added and not kept
 
 
+class Clocked:
+    """A layer whose functions move a clock by known ticks."""
+
+    def __init__(self, layer, factor, move):
+        self._layer = layer
+        for name, ticks in TICKS.items():
+            setattr(self, name, self._moving(getattr(layer, name), factor * ticks, move))
+
+    def __getattr__(self, name):
+        return getattr(self._layer, name)
+
+    @staticmethod
+    def _moving(function, ticks, move):
+        def run(*arguments):
+            function(*arguments)
+            move(ticks)
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Replace processor time by ticks: one for each reading, and those of the layers between two readings."""
+    now = 0
+
+    def move(ticks):
+        nonlocal now
+        now += ticks
+
+    def read():
+        move(1)
+        return now
+
+    def build_clocked(model):
+        embedding, *blocks, head = build_layers(model)
+        pairs = [(embedding, 1), *((block, 2) for block in blocks), (head, 3)]
+        return tuple(Clocked(layer, factor, move) for layer, factor in pairs)
+
+    monkeypatch.setattr(time, "thread_time", read)
+    monkeypatch.setattr(profile_module, "build_layers", build_clocked)
+
+
+@pytest.mark.usefixtures("clock")
 def test_layers_are_timed():
-    times = profile_layers(config(1))
-    assert len(times) == 3
-    embedding, block, head = times
-    assert 0 < embedding.forward < block.forward and head.backward > 0
-    assert block.backward < 2 * (block.backward_input + block.backward_weight)
+    for factor, costs in enumerate(profile_layers(config(1)), start=1):
+        forward, backward_input, backward_weight = (factor * ticks + 1 for ticks in TICKS.values())
+        whole = backward_input + backward_weight
+        assert costs == LayerCosts(forward, backward_input, backward_weight, whole, update=1)
 
 
+@pytest.mark.usefixtures("clock")
 def test_recomputing_costs_a_forward_more():
-    wide = config(1)
-    wide = replace(wide, model=replace(wide.model, width=96, context=64))
-    plain = profile_layers(wide)[1]
-    again = profile_layers(replace(wide, train=replace(wide.train, recompute="full")))[1]
-    assert again.backward > plain.backward + 0.5 * plain.forward
+    setting = config(1)
+    plain = profile_layers(setting)
+    again = profile_layers(replace(setting, train=replace(setting.train, recompute="full")))
+    for before, after in zip(plain, again, strict=True):
+        assert after.forward == before.forward and after.update == before.update
+        for part in ("backward_input", "backward_weight", "backward"):
+            assert getattr(after, part) == getattr(before, part) + before.forward
 
 
 def test_the_cache_is_fresh_whole_and_of_this_machine(tmp_path, monkeypatch):
