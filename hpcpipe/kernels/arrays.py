@@ -10,3 +10,9 @@ Floats: TypeAlias = npt.NDArray[np.floating[Any]]
 
 Tokens: TypeAlias = npt.NDArray[np.int32]
 """A C-contiguous array of token ids."""
+
+BFloats: TypeAlias = npt.NDArray[np.uint16]
+"""A C-contiguous array of bfloat16, as bits."""
+
+Panels: TypeAlias = npt.NDArray[np.uint16]
+"""A packed right operand of a product, as `hpcpipe.kernels.panels` lays it out."""

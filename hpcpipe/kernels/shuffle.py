@@ -1,0 +1,73 @@
+"""Transposition in registers, which the compiler does not find by itself."""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+_LANES = 16
+_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_LINE, _PAIRS, _WORDS = ir.VectorType(_I16, _LANES), ir.VectorType(_I16, 2 * _LANES), ir.VectorType(_I32, _LANES)
+
+
+@intrinsic
+def _transpose_pairs(typing: Any, source: Any, source_stride: Any, target: Any, target_stride: Any) -> Any:
+    """Transpose 32 rows of 16 two-byte elements to 16 rows of 32; addresses and strides are in bytes."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, source_stride, target, target_stride = arguments
+
+        def line(row: int) -> Any:
+            address = builder.add(source, builder.mul(source_stride, ir.Constant(_I64, row)))
+            return builder.load(builder.inttoptr(address, _LINE.as_pointer()), align=2)
+
+        zipped = ir.Constant(ir.VectorType(_I32, 2 * _LANES), [i // 2 + _LANES * (i % 2) for i in range(2 * _LANES)])
+        rows = [
+            builder.bitcast(builder.shuffle_vector(line(row), line(row + 1), zipped), _WORDS)
+            for row in range(0, 2 * _LANES, 2)
+        ]
+        # Blocks of 1, 2, 4 and then 8 lanes change places across the diagonal.
+        for size in (1, 2, 4, 8):
+            upper = [lane if not lane & size else lane - size + _LANES for lane in range(_LANES)]
+            lower = [lane + size if not lane & size else lane + _LANES for lane in range(_LANES)]
+            for i in range(_LANES):
+                if not i & size:
+                    first, second = rows[i], rows[i + size]
+                    rows[i] = builder.shuffle_vector(first, second, ir.Constant(_WORDS, upper))
+                    rows[i + size] = builder.shuffle_vector(first, second, ir.Constant(_WORDS, lower))
+        for index, words in enumerate(rows):
+            address = builder.add(target, builder.mul(target_stride, ir.Constant(_I64, index)))
+            builder.store(words, builder.inttoptr(address, _WORDS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), emit
+
+
+@intrinsic
+def _zip_rows(typing: Any, source: Any, source_stride: Any, target: Any) -> Any:
+    """Pack 32 rows of 32 two-byte elements as a panel has them: pairs of rows, 16 columns and then the other 16."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, source_stride, target = arguments
+
+        def line(row: int) -> Any:
+            address = builder.add(source, builder.mul(source_stride, ir.Constant(_I64, row)))
+            return builder.load(builder.inttoptr(address, _PAIRS.as_pointer()), align=2)
+
+        for pair in range(_LANES):
+            low, high = line(2 * pair), line(2 * pair + 1)
+            for half in range(2):
+                first = half * _LANES
+                zipped = [first + i // 2 + 2 * _LANES * (i % 2) for i in range(2 * _LANES)]
+                words = builder.shuffle_vector(low, high, ir.Constant(ir.VectorType(_I32, 2 * _LANES), zipped))
+                address = builder.add(target, ir.Constant(_I64, half * 1024 + pair * 64))
+                builder.store(words, builder.inttoptr(address, _PAIRS.as_pointer()), align=64)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), emit
+
+
+# Kernels call intrinsics without the argument that numba passes to them.
+transpose_pairs: Any = _transpose_pairs
+zip_rows: Any = _zip_rows
