@@ -18,7 +18,7 @@ from hpcpipe.kernels.reduce import add_into
 from hpcpipe.model.embedding import INITIAL_STD
 from hpcpipe.model.layer import Arrays, Buffers, Microbatch, Poll
 from hpcpipe.model.linear import add_linear_gradients
-from hpcpipe.model.tensors import BufferShapes, TensorSpec
+from hpcpipe.model.tensors import BufferShapes, TensorSpec, f32
 
 
 class Block:
@@ -66,41 +66,41 @@ class Block:
         context, width, heads = self._model.context, self._model.width, self._model.heads
         rows = batch * context
         return {
-            "normed1": (rows, width),
-            "mean1": (rows,),
-            "rstd1": (rows,),
-            "qkv": (rows, 3 * width),
-            "attended": (rows, width),
-            "lse": (batch, heads, context),
-            "middle": (rows, width),
-            "normed2": (rows, width),
-            "mean2": (rows,),
-            "rstd2": (rows,),
-            "hidden": (rows, 4 * width),
-            "activated": (rows, 4 * width),
+            "normed1": f32(rows, width),
+            "mean1": f32(rows),
+            "rstd1": f32(rows),
+            "qkv": f32(rows, 3 * width),
+            "attended": f32(rows, width),
+            "lse": f32(batch, heads, context),
+            "middle": f32(rows, width),
+            "normed2": f32(rows, width),
+            "mean2": f32(rows),
+            "rstd2": f32(rows),
+            "hidden": f32(rows, 4 * width),
+            "activated": f32(rows, 4 * width),
         }
 
     def upstream_shapes(self, batch: int) -> BufferShapes:
         """Return the shapes of the gradients that enter each matrix and norm from behind."""
         rows, width = batch * self._model.context, self._model.width
         return {
-            "d_out": (rows, width),
-            "d_hidden": (rows, 4 * width),
-            "d_normed2": (rows, width),
-            "d_middle": (rows, width),
-            "d_qkv": (rows, 3 * width),
-            "d_normed1": (rows, width),
+            "d_out": f32(rows, width),
+            "d_hidden": f32(rows, 4 * width),
+            "d_normed2": f32(rows, width),
+            "d_middle": f32(rows, width),
+            "d_qkv": f32(rows, 3 * width),
+            "d_normed1": f32(rows, width),
         }
 
     def scratch_shapes(self, batch: int) -> BufferShapes:
         """Return the shapes of the scratch of the three calls."""
         model = self._model
         return {
-            "attention": (attention_scratch(model.context, model.width, model.heads),),
-            "d_attended": (batch * model.context, model.width),
-            "matrix": (4 * model.width * model.width,),
-            "bias": (4 * model.width,),
-            "norm": (2, model.width),
+            "attention": f32(attention_scratch(model.context, model.width, model.heads)),
+            "d_attended": f32(batch * model.context, model.width),
+            "matrix": f32(4 * model.width * model.width),
+            "bias": f32(4 * model.width),
+            "norm": f32(2, model.width),
         }
 
     def forward_flops(self, batch: int) -> int:

@@ -5,7 +5,7 @@ import numpy as np
 from hpcpipe.config.schema import ModelConfig
 from hpcpipe.kernels import embedding
 from hpcpipe.model.layer import Arrays, Buffers, Microbatch, Poll
-from hpcpipe.model.tensors import BufferShapes, TensorSpec
+from hpcpipe.model.tensors import BufferShapes, TensorSpec, f32
 
 TOKEN_TABLE = "embedding/token/weight"
 INITIAL_STD = 0.02
@@ -35,7 +35,7 @@ class Embedding:
 
     def upstream_shapes(self, batch: int) -> BufferShapes:
         """Return the shape of the gradient of the output."""
-        return {"d_out": (batch * self._model.context, self._model.width)}
+        return {"d_out": f32(batch * self._model.context, self._model.width)}
 
     def scratch_shapes(self, batch: int) -> BufferShapes:
         """Return no shapes."""

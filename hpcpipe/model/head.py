@@ -9,7 +9,7 @@ from hpcpipe.kernels.norm import layernorm_backward_input, layernorm_backward_we
 from hpcpipe.model.embedding import INITIAL_STD, TOKEN_TABLE
 from hpcpipe.model.layer import Arrays, Buffers, Microbatch, Poll
 from hpcpipe.model.linear import add_matrix_gradient
-from hpcpipe.model.tensors import BufferShapes, TensorSpec
+from hpcpipe.model.tensors import BufferShapes, TensorSpec, f32
 
 TABLE = "head/weight"
 
@@ -38,21 +38,21 @@ class Head:
         """Return the shapes of the normed stream, the logits, and the log-sum-exp of each row."""
         rows, width = batch * self._model.context, self._model.width
         return {
-            "normed": (rows, width),
-            "mean": (rows,),
-            "rstd": (rows,),
-            "logits": (rows, self._model.vocab),
-            "lse": (rows,),
+            "normed": f32(rows, width),
+            "mean": f32(rows),
+            "rstd": f32(rows),
+            "logits": f32(rows, self._model.vocab),
+            "lse": f32(rows),
         }
 
     def upstream_shapes(self, batch: int) -> BufferShapes:
         """Return the shapes of the gradients of logits and normed stream."""
         rows = batch * self._model.context
-        return {"d_logits": (rows, self._model.vocab), "d_normed": (rows, self._model.width)}
+        return {"d_logits": f32(rows, self._model.vocab), "d_normed": f32(rows, self._model.width)}
 
     def scratch_shapes(self, batch: int) -> BufferShapes:
         """Return the shapes of the scratch of the weight gradient."""
-        return {"matrix": (self._model.vocab * self._model.width,), "norm": (2, self._model.width)}
+        return {"matrix": f32(self._model.vocab * self._model.width), "norm": f32(2, self._model.width)}
 
     def forward_flops(self, batch: int) -> int:
         """Return the FLOPs of the product with the vocabulary: 2 C V per token."""

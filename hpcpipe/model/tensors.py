@@ -2,8 +2,68 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
-BufferShapes = dict[str, tuple[int, ...]]
+import numpy as np
+
+_FLOAT32 = np.dtype(np.float32)
+_BLOCK_ROWS = 32
+_BLOCK_BYTES = 64
+
+
+@dataclass(frozen=True)
+class BufferSpec:
+    """One buffer that a layer asks for: a C-contiguous array whose rows are ``shape[0]``.
+
+    Attributes
+    ----------
+    shape : tuple of int
+        Its shape.
+    dtype : dtype
+        Of its elements.
+    slack_bytes : int
+        Bytes after the last element that kernels may read, and nobody writes: they hold what this or another buffer of
+        the same dtype held.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any] = _FLOAT32
+    slack_bytes: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of the elements and of what may be read after them."""
+        return self.num_bytes + self.slack_bytes
+
+
+BufferShapes = dict[str, BufferSpec]
+"""Names of a layer's buffers, and what it asks for."""
+
+
+def f32(*shape: int) -> BufferSpec:
+    """Return the spec of a float32 buffer."""
+    return BufferSpec(shape)
+
+
+def bf16(*shape: int) -> BufferSpec:
+    """Return the spec of a bfloat16 buffer: uint16 bits, readable in whole blocks of a product.
+
+    Blocks have 32 rows and read 64 bytes of each, so the rows up to the next multiple of 32 can be read, and 64 bytes
+    after them. They hold finite numbers if all bfloat16 buffers do.
+    """
+    dtype = np.dtype(np.uint16)
+    missing_rows = -shape[0] % _BLOCK_ROWS
+    return BufferSpec(shape, dtype, missing_rows * math.prod(shape[1:]) * dtype.itemsize + _BLOCK_BYTES)
+
+
+def raw(num_bytes: int) -> BufferSpec:
+    """Return the spec of a buffer of bytes (uint8), 64-byte aligned like all: views of it can have any dtype."""
+    return BufferSpec((num_bytes,), np.dtype(np.uint8))
 
 
 @dataclass(frozen=True)

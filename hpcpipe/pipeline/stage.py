@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcpipe.memory.arena import Arena
+from hpcpipe.memory.arena import bytes_of, cut_block, new_arrays, new_block
 from hpcpipe.model.layer import Arrays, Buffers, Layer, Microbatch, Poll
 from hpcpipe.model.tensors import BufferShapes
 from hpcpipe.pipeline.parameters import Parameters
@@ -56,7 +56,7 @@ class Stage:
         self.stream_shape = (batch * context, width)
         self.recompute = recompute
         self._weights = [parameters.weights_of(layer) for layer in layers]
-        self._scratch = Arena(_largest([layer.scratch_shapes(batch) for layer in layers])).arrays
+        self._scratch = _shared([layer.scratch_shapes(batch) for layer in layers])
         self._shared_stashes = self._layer_stashes() if recompute else None
         self._unused = np.empty(self.stream_shape, np.float32)
 
@@ -71,23 +71,17 @@ class Stage:
 
     def new_upstream(self) -> list[Arrays]:
         """Return what the input gradient leaves for the weight gradient, of all layers, for one microbatch."""
-        return [Arena(layer.upstream_shapes(self.batch)).arrays for layer in self.layers]
+        return [new_arrays(layer.upstream_shapes(self.batch)) for layer in self.layers]
 
     def new_shared_upstream(self) -> list[Arrays]:
         """Return the same for schedules whose B does both halves layer by layer: each layer reuses the memory."""
-        shared: list[Arrays] = []
-        arena = Arena(_largest([_flattened(layer.upstream_shapes(self.batch)) for layer in self.layers])).arrays
-        for layer in self.layers:
-            shapes = layer.upstream_shapes(self.batch)
-            flat = dict(zip(shapes, arena.values(), strict=False))
-            shared.append({name: flat[name][: _size(shape)].reshape(shape) for name, shape in shapes.items()})
-        return shared
+        return _shared([layer.upstream_shapes(self.batch) for layer in self.layers])
 
     def forward(self, microbatch: Microbatch, x: np.ndarray, out: np.ndarray, stash: Stash, poll: Poll) -> None:
         """Run all layers; `x` is not read by a stage with the embedding, `out` not written by one with the head."""
         streams = [x, *stash.streams, out]
         for index, layer in enumerate(self.layers):
-            buffers = Buffers(stash.layers[index], {}, self._scratch)
+            buffers = Buffers(stash.layers[index], {}, self._scratch[index])
             layer.forward(self._weights[index], microbatch, streams[index], streams[index + 1], buffers, poll)
 
     def backward(
@@ -139,7 +133,7 @@ class Stage:
     ) -> None:
         if self.recompute:
             self._forward_again(index, microbatch, x, stash, poll)
-        buffers = Buffers(stash.layers[index], upstream[index], self._scratch)
+        buffers = Buffers(stash.layers[index], upstream[index], self._scratch[index])
         x = stash.streams[index - 1] if index else x
         self.layers[index].backward_input(self._weights[index], microbatch, x, d, buffers, poll)
 
@@ -153,33 +147,30 @@ class Stage:
         gradients: Sequence[Arrays],
         poll: Poll,
     ) -> None:
-        buffers = Buffers(stash.layers[index], upstream[index], self._scratch)
+        buffers = Buffers(stash.layers[index], upstream[index], self._scratch[index])
         x = stash.streams[index - 1] if index else x
         self.layers[index].backward_weight(gradients[index], microbatch, x, buffers, poll)
 
     def _forward_again(self, index: int, microbatch: Microbatch, x: np.ndarray, stash: Stash, poll: Poll) -> None:
-        buffers = Buffers(stash.layers[index], {}, self._scratch)
+        buffers = Buffers(stash.layers[index], {}, self._scratch[index])
         x = stash.streams[index - 1] if index else x
         self.layers[index].forward(self._weights[index], microbatch, x, self._unused, buffers, poll)
 
     def _layer_stashes(self) -> list[Arrays]:
-        return [Arena(layer.stash_shapes(self.batch)).arrays for layer in self.layers]
+        return [new_arrays(layer.stash_shapes(self.batch)) for layer in self.layers]
 
 
-def _size(shape: tuple[int, ...]) -> int:
-    return int(np.prod(shape))
+def _shared(shapes: Sequence[BufferShapes]) -> list[Arrays]:
+    """Return the buffers of layers that use them one after the other: those with one dtype and slack share memory.
 
-
-def _flattened(shapes: BufferShapes) -> BufferShapes:
-    """Name shapes by position, so that layers of different kinds can share memory."""
-    return {str(position): (_size(shape),) for position, shape in enumerate(shapes.values())}
-
-
-def _largest(shapes: Sequence[BufferShapes]) -> BufferShapes:
-    """Return, for each name, the shape with most elements."""
-    largest: BufferShapes = {}
-    for layer in shapes:
-        for name, shape in layer.items():
-            if name not in largest or _size(shape) > _size(largest[name]):
-                largest[name] = shape
-    return largest
+    What is read after the end of a bfloat16 buffer then never holds the bits of anything else.
+    """
+    shared: list[dict[str, np.ndarray]] = [{} for _ in shapes]
+    for has_slack in (False, True):
+        chosen = [
+            {name: spec for name, spec in layer.items() if (spec.slack_bytes > 0) is has_slack} for layer in shapes
+        ]
+        block = new_block(max(map(bytes_of, chosen), default=0))
+        for arrays, specs in zip(shared, chosen, strict=True):
+            arrays |= cut_block(block, specs)
+    return [*shared]

@@ -1,6 +1,5 @@
 """How much memory a rank will take, from the shapes of its layers and the lives of its buffers."""
 
-import math
 from collections.abc import Collection
 
 import numpy as np
@@ -96,7 +95,7 @@ def _activations(
 
 
 def _elements(shapes: BufferShapes) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
+    return sum(spec.reserved_bytes for spec in shapes.values()) // _FLOAT_BYTES
 
 
 def _gib(num_bytes: int) -> str:

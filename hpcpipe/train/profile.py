@@ -1,6 +1,5 @@
 """What each layer of a model takes on this processor: a few rounds of every kind of layer, timed."""
 
-import math
 import time
 from dataclasses import dataclass, fields, replace
 
@@ -85,7 +84,7 @@ class _ProfiledStage:
         # In a pipeline the first and the last rank update a tied table each.
         model = replace(config.model, tied=config.model.tied and parallel.pipeline == 1)
         embedding, *blocks, head = build_layers(model)
-        stash = sum(4 * math.prod(shape) for shape in blocks[0].stash_shapes(parallel.microbatch_size).values())
+        stash = sum(spec.num_bytes for spec in blocks[0].stash_shapes(parallel.microbatch_size).values())
         num_blocks = min(-(-model.layers // parallel.pipeline), -(-_STASH_BYTES // (_IN_TURN * stash)))
         layers = [TimedLayer(layer) for layer in (embedding, *blocks[:num_blocks], head)]
         self._layers = layers
