@@ -63,7 +63,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         help="prove that it is complete, in order, and free of deadlock",
         description="Prove a schedule, or say which rank breaks which rule. Exit code 64 when a rule is broken.",
     )
-    _add_source(checked, "print one JSON object, keys ok, rules, num_actions and num_messages")
+    _add_source(
+        checked,
+        "print one JSON object, keys ok, problems, rules and others; only schedule, ok and problems when it is refused",
+    )
     checked.add_argument("--max-in-flight", type=int, metavar="N", help=_MAX_IN_FLIGHT_HELP)
     checked.set_defaults(run=run_check)
 
@@ -120,19 +123,30 @@ def run_check(args: argparse.Namespace) -> int:
     Returns
     -------
     int
-        Exit code 0.
+        Exit code 0; 64 where ``json`` says that the schedule is refused.
     """
-    program = _load(args)
+    if args.max_in_flight is not None and args.max_in_flight < 0:
+        raise UsageError(f"--max-in-flight {args.max_in_flight}: give a number of messages, 0 or more")
+    times, text = _times(args), _text(args)
+    try:
+        program = _make(args, times, text)
+        if args.max_in_flight is not None:
+            from hpcpipe.schedule.check import check
+
+            check(program, max_in_flight=args.max_in_flight)
+    except UsageError as error:
+        if not args.json:
+            raise
+        print(json.dumps({"schedule": args.source, "ok": False, "problems": [str(error)]}, indent=2))
+        return ExitCode.USAGE
+    _write_csv(args, program)
     rules = [*_RULES]
     if args.max_stash is not None:
         rules.append(f"no rank stashes more than {args.max_stash:g} activations")
     if args.max_in_flight is not None:
-        from hpcpipe.schedule.check import check
-
-        check(program, max_in_flight=args.max_in_flight)
         rules.append(f"no rank has more than {args.max_in_flight} messages in flight where F = I = W")
     if args.json:
-        print(json.dumps({**_facts(program), "ok": True, "rules": rules}, indent=2))
+        print(json.dumps({**_facts(program), "ok": True, "problems": [], "rules": rules}, indent=2))
     else:
         facts = _facts(program)
         counts = f"{facts['num_actions']:,} actions, {facts['num_messages']:,} messages"
@@ -215,30 +229,51 @@ def _add_svg(parser: argparse.ArgumentParser) -> None:
 
 def _load(args: argparse.Namespace) -> "Schedule":
     """Make the schedule, with messages, prove it, and write it where --csv says."""
-    times = _times(args)
+    program = _make(args, _times(args), _text(args))
+    _write_csv(args, program)
+    return program
 
-    from hpcpipe.schedule.build import GENERATORS, build
+
+def _text(args: argparse.Namespace) -> str | None:
+    """Read the file of a schedule; None for a name, which needs its numbers."""
+    if args.source.endswith(".csv"):
+        return _read(Path(args.source))
+
+    from hpcpipe.schedule.build import GENERATORS
+
+    missing = [f"--{key}" for key in ("ranks", "microbatches") if getattr(args, key) is None]
+    if missing and args.source in GENERATORS:
+        raise UsageError(f"the schedule {args.source} needs {' and '.join(missing)}; only a .csv file has its own")
+    return None
+
+
+def _make(args: argparse.Namespace, times: tuple[float, float, float, float], text: str | None) -> "Schedule":
+    """Make the schedule, from the text of its file if it has one, and prove it."""
+    from hpcpipe.schedule.build import build
     from hpcpipe.schedule.check import check
-    from hpcpipe.schedule.csv_file import build_from_csv, write_csv
+    from hpcpipe.schedule.csv_file import build_from_csv
     from hpcpipe.schedule.simulate import Costs
 
-    ranks, microbatches, chunks = args.ranks or 0, args.microbatches or 0, args.chunks or 0
-    if args.source.endswith(".csv"):
-        program = build_from_csv(_read(Path(args.source)), args.source)
+    if text is not None:
+        program = build_from_csv(text, args.source)
         _require_agreement(args, program)
         if args.max_stash is not None:
             check(program, [args.max_stash] * program.num_ranks)
-    else:
-        missing = [f"--{key}" for key in ("ranks", "microbatches") if getattr(args, key) is None]
-        if missing and args.source in GENERATORS:
-            raise UsageError(f"the schedule {args.source} needs {' and '.join(missing)}; only a .csv file has its own")
-        planned = args.source == "greedy" and ranks > 0 and chunks >= 0
-        costs = Costs.even(ranks, ranks * (chunks or 2), *times) if planned else None
-        max_stash = None if args.max_stash is None else [args.max_stash] * ranks
-        program = build(args.source, ranks, microbatches, chunks, costs, max_stash)
-    if args.csv is not None:
-        _write(args.csv, write_csv(_listed(program, args.messages)))
-    return program
+        return program
+    ranks, microbatches, chunks = args.ranks or 0, args.microbatches or 0, args.chunks or 0
+    planned = args.source == "greedy" and ranks > 0 and chunks >= 0
+    costs = Costs.even(ranks, ranks * (chunks or 2), *times) if planned else None
+    max_stash = None if args.max_stash is None else [args.max_stash] * ranks
+    return build(args.source, ranks, microbatches, chunks, costs, max_stash)
+
+
+def _write_csv(args: argparse.Namespace, program: "Schedule") -> None:
+    """Write the schedule where --csv says."""
+    if args.csv is None:
+        return
+    from hpcpipe.schedule.csv_file import write_csv
+
+    _write(args.csv, write_csv(_listed(program, args.messages)))
 
 
 def _simulated(args: argparse.Namespace) -> "tuple[Schedule, Timeline]":

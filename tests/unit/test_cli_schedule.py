@@ -136,7 +136,35 @@ def test_check_says_what_holds(call):
     assert "ok, 146 actions, 96 messages" in out
     assert out.count("  holds: ") == 6 and "no deadlock" in out
     found = json.loads(call("check", "dualpipe-v", *SMALL, "--json")[1])
-    assert found["ok"] is True and len(found["rules"]) == 6 and found["num_messages"] == 96
+    assert found["ok"] is True and found["problems"] == [] and len(found["rules"]) == 6
+    assert found["num_messages"] == 96
+
+
+def test_check_says_as_json_why_a_schedule_is_refused(call, tmp_path):
+    file, copy = tmp_path / "mine.csv", tmp_path / "copy.csv"
+    call("check", "zb-h1", *SMALL, "--csv", file)
+    file.write_text(file.read_text().replace("W3.0,F3.4", "W3.0"))
+    for words, problem in (
+        ((file,), f"{file}: rank 3, the end of its list: F3.4 is missing"),
+        (("zb-h1", *SMALL, "--max-stash", 3), "the stash grows to 4 activations, and the limit is 3"),
+        (("looped-bfs", *SMALL, "--max-in-flight", 3), "too many messages are in flight"),
+        (("interleaved", "--ranks", 4, "--microbatches", 13), "parallel.microbatches = 12 or 15"),
+        (("1f2b", *SMALL), "there is no schedule '1f2b'"),
+    ):
+        code, out, err = call("check", *words, "--json", "--csv", copy)
+        found = json.loads(out)
+        assert (code, err, copy.exists()) == (ExitCode.USAGE, "", False)
+        assert found.keys() == {"schedule", "ok", "problems"}
+        assert found["schedule"] == str(words[0]) and found["ok"] is False
+        assert len(found["problems"]) == 1 and problem in found["problems"][0]
+        code, out, err = call("check", *words)
+        assert (code, out, err) == (ExitCode.USAGE, "", f"hpcpipe: error: {found['problems'][0]}\n")
+
+
+@pytest.mark.parametrize("words", [("1f1b",), ("nowhere.csv",), ("1f1b", *SMALL, "--max-in-flight", -1)])
+def test_a_wrong_command_line_is_no_refused_schedule(call, words):
+    code, out, err = call("check", *words, "--json")
+    assert (code, out) == (ExitCode.USAGE, "") and err.startswith("hpcpipe: error: ")
 
 
 def test_check_holds_schedules_to_limits(call, tmp_path):
@@ -209,6 +237,10 @@ def test_svg_is_written(call, tmp_path):
         ),
         (("simulate", "1f1b", *SMALL, "--max-stash", "-1"), "--max-stash -1: give a number of activations above 0"),
         (("check", "1f1b", *SMALL, "--max-in-flight", "x"), "invalid int value: 'x'"),
+        (
+            ("check", "1f1b", *SMALL, "--max-in-flight", "-1"),
+            "--max-in-flight -1: give a number of messages, 0 or more",
+        ),
         (("show", "1f1b", *SMALL, "--svg", "no/such/place.svg"), "cannot write no/such/place.svg: No such file"),
         (("show", "1f1b", *SMALL, "--csv", "no/such/place.csv"), "cannot write no/such/place.csv"),
         (("show", "1f1b", *SMALL, "--action"), "did you mean --actions?"),
