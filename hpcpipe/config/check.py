@@ -19,7 +19,7 @@ Check = Callable[[Config, int], str | None]
 
 CHOICES = {
     "model.kind": ("gpt2",),
-    "train.precision": ("auto", "f32"),
+    "train.precision": ("auto", "bf16", "f32"),
     "train.recompute": ("none", "full"),
     "telemetry.console": ("auto", "terminal", "lines", "quiet"),
 }
@@ -38,7 +38,7 @@ POSITIVE = (
 )
 
 
-def resolve(config: Config, world_size: int) -> Config:
+def resolve(config: Config, world_size: int, has_bf16_unit: bool = False) -> Config:
     """Check a configuration for a number of ranks and fill in what it leaves to be chosen.
 
     Parameters
@@ -47,6 +47,8 @@ def resolve(config: Config, world_size: int) -> Config:
         As loaded.
     world_size : int
         Number of ranks that were started.
+    has_bf16_unit : bool
+        Whether every processor multiplies bfloat16 faster than float32: what ``train.precision = "auto"`` goes by.
 
     Returns
     -------
@@ -66,7 +68,9 @@ def resolve(config: Config, world_size: int) -> Config:
         parallel = replace(parallel, pipeline=world_size // parallel.data)
     if parallel.lanes == 0:
         parallel = replace(parallel, lanes=_choose_lanes(parallel.microbatches, parallel.data))
-    train = replace(config.train, precision="f32", decay_steps=config.train.decay_steps or config.train.steps)
+    train = replace(config.train, decay_steps=config.train.decay_steps or config.train.steps)
+    if train.precision == "auto":
+        train = replace(train, precision="bf16" if has_bf16_unit else "f32")
     resolved = replace(config, parallel=parallel, train=train)
     for check in GRID_CHECKS:
         _require(check(resolved, world_size))
@@ -152,15 +156,6 @@ def _get(config: Config, name: str) -> object:
     section, _, key = name.partition(".")
     value: object = getattr(getattr(config, section), key)
     return value
-
-
-def _precision_is_float32(config: Config, world_size: int) -> str | None:
-    if config.train.precision != "bf16":
-        return None
-    return (
-        'train.precision = "bf16": this version computes in float32, it has no bfloat16 kernels: '
-        'set train.precision = "auto" or "f32"'
-    )
 
 
 def _choices_exist(config: Config, world_size: int) -> str | None:
@@ -255,7 +250,6 @@ def _lanes_fit(config: Config, world_size: int) -> str | None:
 
 
 CHECKS: tuple[Check, ...] = (
-    _precision_is_float32,
     _choices_exist,
     _positive_where_needed,
     _heads_divide_width,

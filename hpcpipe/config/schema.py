@@ -65,7 +65,11 @@ class TrainConfig:
     """The optimizer and the length of the run."""
 
     steps: int = key(1000, "optimizer updates until the run is done")
-    precision: str = key("auto", "auto or f32: float32 throughout")
+    precision: str = key(
+        "auto",
+        "f32: float32 throughout; bf16: bfloat16 operands, float32 sums and weights; auto: bf16 on processors with a unit"
+        " for it",
+    )
     learning_rate: float = key(1e-3, "peak learning rate")
     warmup_steps: int = key(50, "steps of linear warmup")
     decay_steps: int = key(

@@ -41,6 +41,12 @@ def test_training_values_are_filled_in():
     assert (resolved.train.decay_steps, resolved.train.precision) == (7, "f32")
 
 
+def test_precision_goes_by_the_processor_unless_it_is_set():
+    assert resolve(config(), 1, has_bf16_unit=True).train.precision == "bf16"
+    assert resolve(config(train={"precision": "f32"}), 1, has_bf16_unit=True).train.precision == "f32"
+    assert resolve(config(train={"precision": "bf16"}), 1).train.precision == "bf16"
+
+
 @pytest.mark.parametrize("steps", [10, 1000])
 def test_a_resolved_configuration_resolves_to_itself(steps):
     resolved = resolve(config(train={"steps": steps}), 4)
@@ -94,8 +100,7 @@ def test_a_resolved_configuration_resolves_to_itself(steps):
             ["parallel.lanes = 1", "multiple of parallel.data = 2", "2, 4, 8"],
         ),
         (1, {"parallel": {"timeout_s": 0.0}}, ["parallel.timeout_s = 0.0", "above 0"]),
-        (1, {"train": {"precision": "bf16"}}, ["bf16", "computes in float32", '"auto" or "f32"']),
-        (1, {"train": {"precision": "f16"}}, ['train.precision = "f16"', '"auto" or "f32"']),
+        (1, {"train": {"precision": "f16"}}, ['train.precision = "f16"', '"auto" or "bf16" or "f32"']),
         (1, {"train": {"recompute": "some"}}, ["train.recompute", '"none" or "full"']),
         (1, {"train": {"steps": 0}}, ["train.steps = 0", "at least 1"]),
         (1, {"train": {"betas": (0.9, 1.0)}}, ["train.betas = [0.9, 1.0]", "1"]),
