@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from hpcpipe.kernels import features
+from hpcpipe.kernels import amx, features
 from hpcpipe.kernels.jit import kernel
 
 ROWS = 32
@@ -147,7 +147,7 @@ _strip_product = _strip(
 
 
 @kernel
-def multiply_block(a: int, a_stride: int, b: int, num_k32: int, out: int, accumulate: bool) -> None:
+def _multiply_block(a: int, a_stride: int, b: int, num_k32: int, out: int, accumulate: bool) -> None:
     """Multiply 32 rows by a panel of 32 columns.
 
     Parameters
@@ -178,13 +178,19 @@ def multiply_block(a: int, a_stride: int, b: int, num_k32: int, out: int, accumu
 
 
 @kernel
-def begin_blocks() -> None:
+def _begin_blocks() -> None:
     """Prepare this thread's units for `multiply_block`; `end_blocks` follows in the same kernel."""
 
 
 @kernel
-def end_blocks() -> None:
+def _end_blocks() -> None:
     """Give the units back."""
+
+
+_has_tiles = features.family() == "amx"
+multiply_block = amx.multiply_block if _has_tiles else _multiply_block
+begin_blocks = amx.begin if _has_tiles else _begin_blocks
+end_blocks = amx.end if _has_tiles else _end_blocks
 
 
 @intrinsic

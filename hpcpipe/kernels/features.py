@@ -1,6 +1,9 @@
 """Which instructions multiply bfloat16 matrices on this processor."""
 
+import ctypes
 import os
+import platform
+import sys
 from functools import cache
 from typing import Any
 
@@ -13,6 +16,9 @@ FAMILIES = ("amx", "avx512_bf16", "vector")
 """From the fastest to the one that every processor has."""
 
 VARIABLE = "HPCPIPE_KERNELS"
+
+# arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+_REQUEST_TILE_DATA = (158, 0x1023, 18)
 
 # Names on these are looked up at run time: neither library has types.
 _settings: Any = numba.core.config
@@ -50,7 +56,7 @@ def family() -> str:
     possible = [name for name in FAMILIES if _is_possible(name)]
     asked = os.environ.get(VARIABLE)
     if asked is None:
-        return next(name for name in possible if name != "amx" or _may_use_tiles())
+        return possible[0]
     if asked not in possible:
         raise UsageError(f"{VARIABLE} = {asked}: on this processor it may be {', '.join(possible)}")
     return asked
@@ -61,13 +67,28 @@ def has_bf16_unit() -> bool:
     return family() != "vector"
 
 
+@cache
+def request_tiles() -> bool:
+    """Ask Linux for the right to use tile registers; without it the first tile instruction ends the process.
+
+    The right belongs to the process: all its threads have it, whenever they were started, and so have processes that
+    it forks, until they execute another program.
+
+    Returns
+    -------
+    bool
+        False where the processor or the kernel has no tiles, or a thread's stack for signals is too small for them.
+
+    Notes
+    -----
+    Linux, Documentation/arch/x86/xstate.rst.
+    """
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    return bool(ctypes.CDLL(None).syscall(*map(ctypes.c_long, _REQUEST_TILE_DATA)) == 0)
+
+
 def _is_possible(name: str) -> bool:
     found = compiler_features()
     needed = {"amx": {"amx-tile", "amx-bf16", "avx512f", "avx512bf16"}, "avx512_bf16": {"avx512f", "avx512bf16"}}
-    return needed.get(name, set()) <= found
-
-
-def _may_use_tiles() -> bool:
-    from hpcpipe.kernels.amx import request_tiles
-
-    return request_tiles()
+    return needed.get(name, set()) <= found and (name != "amx" or request_tiles())

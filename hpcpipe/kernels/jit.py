@@ -14,6 +14,8 @@ import llvmlite.binding as llvm
 import numba
 import numba.core.config
 
+from hpcpipe.kernels.features import family
+
 # One thread per rank: ranks share the cores, and a product must not depend on how many there are. The BLAS reads
 # this when it is loaded, which compiling the first matrix product does.
 for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS"):
@@ -56,10 +58,10 @@ def compiled_directory(compiled: Any) -> Path | None:
 
 
 def _digest() -> str:
-    """Hash what compiled code depends on: the sources of this room, the processor, the compiler."""
+    """Hash what compiled code depends on: sources of this room, processor, family of kernels, compiler."""
     features = _settings.CPU_FEATURES or _llvm.get_host_cpu_features().flatten()
     digest = hashlib.sha256()
-    for part in (sys.version, cpu_name(), features, numba.__version__, llvmlite.__version__):
+    for part in (sys.version, cpu_name(), features, family(), numba.__version__, llvmlite.__version__):
         digest.update(f"{part}\n".encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(f"{source.name}\n".encode())
