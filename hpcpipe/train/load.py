@@ -6,11 +6,12 @@ from hpcpipe.checkpoint.compare import compare
 from hpcpipe.checkpoint.read import Reader
 from hpcpipe.checkpoint.table import Manifest
 from hpcpipe.config.dump import to_dict
+from hpcpipe.config.schema import Config
 from hpcpipe.errors import UsageError
 from hpcpipe.train.state import WEIGHT, State
 
 
-def check_model(state: State, path: Path, manifest: Manifest) -> None:
+def check_model(config: Config, path: Path, manifest: Manifest) -> None:
     """Refuse a checkpoint of another model.
 
     Raises
@@ -18,7 +19,7 @@ def check_model(state: State, path: Path, manifest: Manifest) -> None:
     UsageError
         With every difference.
     """
-    model = to_dict(state.config)["model"]
+    model = to_dict(config)["model"]
     differences = compare({"model": manifest.header["model"]}, {"model": model})
     if differences:
         raise UsageError(
@@ -66,3 +67,4 @@ def _read_weights(reader: Reader, state: State) -> None:
     for stage in state.stages.values():
         for tensor in stage.parameters.layout.stored:
             reader.read(tensor.tied_to or tensor.name, WEIGHT, stage.parameters.weights.arrays[tensor.name])
+    state.pack()

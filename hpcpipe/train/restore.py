@@ -8,6 +8,7 @@ from hpcpipe.checkpoint.layout import candidates, locate, step_of
 from hpcpipe.checkpoint.manifest import load_manifest
 from hpcpipe.checkpoint.table import Manifest
 from hpcpipe.checkpoint.verify import verify_file
+from hpcpipe.config.schema import Config
 from hpcpipe.errors import DamagedError, UsageError
 from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.collectives import broadcast_bytes
@@ -17,17 +18,18 @@ from hpcpipe.train.load import check_model, load_state
 from hpcpipe.train.state import State
 
 Refused = Callable[[Path, str], None]
+Checkpoint = tuple[Path, Manifest]
 
 
-def restore(
-    state: State, grid: Grid, waiter: Waiter, root: Path, resume: str, refused: Refused
-) -> tuple[Path, Manifest] | None:
-    """Fill the state from a checkpoint, or with starting values.
+def find_checkpoint(
+    config: Config, grid: Grid, waiter: Waiter, root: Path, resume: str, refused: Refused
+) -> Checkpoint | None:
+    """Find the checkpoint to go on from, and verify it.
 
     Parameters
     ----------
-    state : State
-        Filled.
+    config : Config
+        Resolved, with the vocabulary.
     grid : Grid
         All ranks take part: each verifies its share of the files.
     waiter : Waiter
@@ -43,7 +45,7 @@ def restore(
     Returns
     -------
     (Path, Manifest) or None
-        What was loaded; None for a new start.
+        None for a new start.
 
     Raises
     ------
@@ -68,16 +70,39 @@ def restore(
             continue
         assert manifest is not None
         with together(grid.comm, waiter):
-            check_model(state, path, manifest)
+            check_model(config, path, manifest)
             if resume != "auto" and grid.comm.rank == 0:
                 _require_newest(root, manifest.step)
-        with together(grid.comm, waiter):
-            load_state(state, path, manifest)
         return path, manifest
     if problems:
         raise _on_all(DamagedError(f"no checkpoint could be used: {'; '.join(problems)}"))
-    state.fill_initial()
     return None
+
+
+def restore(state: State, grid: Grid, waiter: Waiter, found: Checkpoint | None) -> None:
+    """Fill the state from a checkpoint, or with starting values.
+
+    Parameters
+    ----------
+    state : State
+        Filled.
+    grid : Grid
+        All ranks take part.
+    waiter : Waiter
+        Waits, with its deadline.
+    found : (Path, Manifest) or None
+        What `find_checkpoint` returned.
+
+    Raises
+    ------
+    DamagedError
+        On every rank, if the checkpoint has changed since it was verified.
+    """
+    if found is None:
+        state.fill_initial()
+        return
+    with together(grid.comm, waiter):
+        load_state(state, *found)
 
 
 def _choose(grid: Grid, waiter: Waiter, root: Path, resume: str) -> list[Path]:

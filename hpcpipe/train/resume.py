@@ -4,25 +4,36 @@ from pathlib import Path
 
 from hpcpipe.data.reader import TokenFile
 from hpcpipe.mpi.agree import together
-from hpcpipe.train.restore import restore
+from hpcpipe.train.restore import Checkpoint, find_checkpoint, restore
 from hpcpipe.train.session import Session
 from hpcpipe.train.state import State
 
 
-def resume_state(session: Session, state: State, resume: str, tokens: TokenFile) -> None:
-    """Fill the state as `restore` does, say what was found, and drop the metrics of steps that will be run again."""
+def find_start(session: Session, resume: str) -> Checkpoint | None:
+    """Find a checkpoint as `find_checkpoint` does, and say which were passed over."""
 
     def refused(path: Path, problem: str) -> None:
         session.console.say(f"passed over {path.name}: {problem}")
         session.events.add("checkpoint refused", path=str(path), problem=problem)
 
-    restored = restore(state, session.grid, session.waiter, session.directory.checkpoints, resume, refused)
+    root = session.directory.checkpoints
+    return find_checkpoint(session.config, session.grid, session.waiter, root, resume, refused)
+
+
+def drop_later_metrics(session: Session, step: int) -> None:
+    """Drop the metrics of steps after the one that the run goes on from."""
     with together(session.grid.comm, session.waiter):
         if session.metrics is not None:
-            session.metrics.keep_until(state.step)
-    if restored is None:
+            session.metrics.keep_until(step)
+
+
+def resume_state(session: Session, state: State, found: Checkpoint | None, tokens: TokenFile) -> None:
+    """Fill the state as `restore` does, say from what, and drop the metrics of steps that will be run again."""
+    restore(state, session.grid, session.waiter, found)
+    drop_later_metrics(session, state.step)
+    if found is None:
         return
-    path, manifest = restored
+    path, manifest = found
     header = manifest.header
     grid = header["grid"]
     session.console.say(f"resumed from {path}: step {state.step}, written by {grid['pipeline']} x {grid['data']} ranks")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import hpcpipe
+from hpcpipe.checkpoint.layout import candidates
 from hpcpipe.cluster.processor import memory
 from hpcpipe.config.check import check_data, resolve
 from hpcpipe.config.dump import to_toml
@@ -37,7 +38,7 @@ from hpcpipe.train.lock import RunLock
 from hpcpipe.train.loop import Loop
 from hpcpipe.train.peak import measure_peak_flops
 from hpcpipe.train.plan import Plan, compare_with_prediction, describe_plan, make_plan, write_plan
-from hpcpipe.train.resume import identity_of, resume_state
+from hpcpipe.train.resume import drop_later_metrics, find_start, identity_of, resume_state
 from hpcpipe.train.session import Session, build_schedule, check_schedule
 from hpcpipe.train.state import State, build_state
 from hpcpipe.train.step import Trainer
@@ -108,7 +109,10 @@ def _train(world: World, config_path: Path, overrides: Sequence[str], resume: st
 
 
 def _open(directory: RunDirectory, lock: RunLock, config: Config) -> None:
-    """Make and lock the run directory, and write the resolved configuration to it."""
+    """Make and lock the run directory, and write the resolved configuration to it.
+
+    A run that has checkpoints keeps the configuration that it was trained with until it goes on.
+    """
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -116,7 +120,8 @@ def _open(directory: RunDirectory, lock: RunLock, config: Config) -> None:
             f"run.dir = {config.run.dir}: {directory.path} could not be made ({error.strerror}): choose another run.dir"
         ) from error
     lock.acquire()
-    write_whole(directory.config, to_toml(config))
+    if not candidates(directory.checkpoints):
+        write_whole(directory.config, to_toml(config))
 
 
 def _compile(session: Session, world: World) -> None:
@@ -141,6 +146,15 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
         training, validation = tokens.split(config.data.validation_fraction)
         samples = Samples(training, config.model.context, config.run.seed)
         held_out = HeldOut(validation, config.model.context, config.data.validation_samples)
+    found = find_start(session, resume)
+    done = 0 if found is None else found[1].step
+    session.status(done, None)
+    if done >= config.train.steps:
+        drop_later_metrics(session, done)
+        console.say(f"nothing to do: step {done} is done and train.steps = {config.train.steps}")
+        session.status(done, ExitCode.DONE)
+        return ExitCode.DONE
+    with together(grid.comm, waiter):
         # Layers are timed only where they fit; where the model is cut matters little here, and is not known yet.
         _require_memory(session, replace(config, parallel=replace(config.parallel, partition="auto")))
     plan = make_plan(session)
@@ -149,12 +163,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
         needed = _require_memory(session, config)
     state = build_state(config, session.schedule.stage_to_rank, grid.stage_rank, grid.replica)
     _introduce(session, state, tokens, plan, needed)
-    resume_state(session, state, resume, tokens)
-    session.status(state.step, None)
-    if state.step >= config.train.steps:
-        console.say(f"nothing to do: step {state.step} is done and train.steps = {config.train.steps}")
-        session.status(state.step, ExitCode.DONE)
-        return ExitCode.DONE
+    resume_state(session, state, found, tokens)
     write_plan(session, plan)
 
     per_replica = config.parallel.microbatches // grid.data
