@@ -1,7 +1,7 @@
 """What a layer owns: the names, shapes and starting values of its tensors, and the sizes of its buffers."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 _FLOAT32 = np.dtype(np.float32)
 _BLOCK_ROWS = 32
 _BLOCK_BYTES = 64
+_LAST_STEP = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,15 @@ class BufferSpec:
     slack_bytes : int
         Bytes after the last element that kernels may read, and nobody writes: they hold what this or another buffer of
         the same dtype held.
+    steps : (int, int)
+        Of scratch: the first and the last step in which it is in use. A layer numbers the steps through all of its
+        functions as it likes; scratch whose steps do not meet shares memory.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any] = _FLOAT32
     slack_bytes: int = 0
+    steps: tuple[int, int] = (0, _LAST_STEP)
 
     @property
     def num_bytes(self) -> int:
@@ -39,6 +44,10 @@ class BufferSpec:
     def reserved_bytes(self) -> int:
         """Bytes of the elements and of what may be read after them."""
         return self.num_bytes + self.slack_bytes
+
+    def used_in(self, first: int, last: int | None = None) -> "BufferSpec":
+        """Return the same buffer for scratch that is in use in one step, or from one to another."""
+        return replace(self, steps=(first, first if last is None else last))
 
 
 BufferShapes = dict[str, BufferSpec]
