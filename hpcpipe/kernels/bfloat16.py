@@ -28,7 +28,7 @@ def widen(bits: Any) -> Any:
 
 
 @kernel
-def to_bfloat16(x: Floats, out: BFloats) -> None:
+def to_bfloat16(x: Floats, out: BFloats, first: int, last: int) -> None:
     """Round float32 to the nearest bfloat16, ties to even.
 
     Parameters
@@ -37,10 +37,13 @@ def to_bfloat16(x: Floats, out: BFloats) -> None:
         Values.
     out : uint16 array, shape [R, C]
         Overwritten with their bits.
+    first, last : int
+        Rows to round.
     """
-    for row in range(x.shape[0]):
-        for c in range(x.shape[1]):
-            out[row, c] = np.uint16(round_bits(x[row, c]))
+    for row in range(first, last):
+        source, target = x[row], out[row]
+        for c in range(source.shape[0]):
+            target[c] = np.uint16(round_bits(source[c]))
 
 
 @kernel

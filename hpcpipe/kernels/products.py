@@ -27,6 +27,8 @@ from hpcpipe.kernels.gelu import gelu, gelu_slope
 from hpcpipe.kernels.jit import kernel
 from hpcpipe.kernels.panels import transpose
 
+DEEP_ROWS = 128
+"""Rows of the scratch of `product_deep`."""
 _LEFT_BYTES = 1 << 18  # of the left operand, which stay in the second-level cache while panels stream past
 # numba has no types for the names that it exports.
 carray: Any = numba.carray  # type: ignore[attr-defined]
@@ -238,7 +240,7 @@ def product_deep(a: BFloats, b: Panels, depth: int, out: BFloats, scratch: Float
         As in `product`.
     depth : int
         K.
-    scratch : float32 array, shape [128, N rounded up to 32]
+    scratch : float32 array, shape [DEEP_ROWS, N rounded up to 32]
         Working space of one thread from the start of a cache line; its contents are lost.
     first, last : int
         Rows.

@@ -21,6 +21,7 @@ class Embedding:
     """
 
     prefix = "embedding/"
+    packed: tuple[str, ...] = ()
 
     def __init__(self, model: ModelConfig) -> None:
         self._model = model
@@ -37,7 +38,7 @@ class Embedding:
         """Return the shape of the gradient of the output."""
         return {"d_out": f32(batch * self._model.context, self._model.width)}
 
-    def scratch_shapes(self, batch: int) -> BufferShapes:
+    def scratch_shapes(self, batch: int, num_threads: int = 1) -> BufferShapes:
         """Return no shapes."""
         return {}
 

@@ -2,14 +2,17 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from hpcpipe.kernels.threads import GRAIN, Team, cut
 from hpcpipe.model.tensors import BufferShapes, TensorSpec
 
 Arrays = Mapping[str, np.ndarray]
 Poll = Callable[[], None]
+ALONE = Team(1)
+"""The team of a rank that computes on one thread."""
 
 
 @dataclass
@@ -46,11 +49,49 @@ class Buffers:
         What the input gradient leaves for the weight gradient.
     scratch : mapping of ndarray
         What one call needs and leaves to nobody.
+    team : Team
+        The threads that share its products.
     """
 
     stash: Arrays
     upstream: Arrays
     scratch: Arrays
+    team: Team = ALONE
+
+    def run(
+        self,
+        kernel: Callable[..., object],
+        length: int,
+        *arguments: Any,
+        private: np.ndarray | None = None,
+        grain: int = GRAIN,
+    ) -> None:
+        """Call ``kernel(*arguments, first, last)`` for ranges that cover 0 to `length`, one for each thread.
+
+        Parameters
+        ----------
+        kernel : callable
+            Writes only what belongs to its range.
+        length : int
+            Rows, or whatever ranges are counted in.
+        *arguments
+            Passed on.
+        private : ndarray, optional
+            Scratch, of which each thread gets its own ``private[i]`` as a further argument before its range.
+        grain : int
+            Ranges start at multiples of this.
+        """
+        ranges = cut(length, self.team.num_threads, grain)
+        if len(ranges) == 1:
+            kernel(*arguments, *(() if private is None else (private[0],)), *ranges[0])
+            return
+
+        def part(first: int, last: int) -> None:
+            own = () if private is None else (private[starts[first]],)
+            kernel(*arguments, *own, first, last)
+
+        starts = {first: index for index, (first, _) in enumerate(ranges)}
+        self.team.run(part, ranges)
 
 
 class Layer(Protocol):
@@ -71,6 +112,15 @@ class Layer(Protocol):
         """The tensors that it uses, in a fixed order."""
         ...
 
+    @property
+    def packed(self) -> tuple[str, ...]:
+        """The local names of the matrices that it reads as right operands of bfloat16 products.
+
+        ``weights`` then holds ``<name>:rows`` for products with the matrix and ``<name>:columns`` for those with its
+        transpose, as `hpcpipe.kernels.panels` packs them.
+        """
+        ...
+
     def stash_shapes(self, batch: int) -> BufferShapes:
         """Return the shapes of the stash for a batch of samples."""
         ...
@@ -79,7 +129,7 @@ class Layer(Protocol):
         """Return the shapes of what goes from the input gradient to the weight gradient."""
         ...
 
-    def scratch_shapes(self, batch: int) -> BufferShapes:
+    def scratch_shapes(self, batch: int, num_threads: int = 1) -> BufferShapes:
         """Return the shapes of the scratch of one call."""
         ...
 

@@ -8,6 +8,7 @@ import numpy as np
 from hpcpipe.memory.arena import Arena
 from hpcpipe.model.layer import Layer
 from hpcpipe.model.tensors import TensorSpec
+from hpcpipe.pipeline.packed import PackedWeights
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,16 @@ class Parameters:
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layout = layout_of(layers)
         self.weights = Arena({tensor.name: tensor.shape for tensor in self.layout.stored})
-        self._layers = layers
+        self.packed = PackedWeights(layers, self.weights.arrays)
 
     def weights_of(self, layer: Layer) -> dict[str, np.ndarray]:
-        """Return a layer's weights under their local names; a tied one is the original itself where that is here."""
+        """Return a layer's weights and panels under local names; a tied one is the original where that is here."""
         arrays = self.weights.arrays
-        return {
+        weights = {
             tensor.name.removeprefix(layer.prefix): arrays[tensor.name if tensor.name in arrays else tensor.tied_to]
             for tensor in layer.tensors
         }
+        return {**weights, **dict(self.packed.views(layer))}
 
     def new_gradients(self) -> Arena:
         """Return zeroed memory for the gradient of every use of a tensor, under global names."""

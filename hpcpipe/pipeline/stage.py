@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpcpipe.kernels.threads import Team
 from hpcpipe.memory.arena import bytes_of, cut_block, new_arrays, new_block
-from hpcpipe.model.layer import Arrays, Buffers, Layer, Microbatch, Poll
+from hpcpipe.model.layer import ALONE, Arrays, Buffers, Layer, Microbatch, Poll
 from hpcpipe.model.tensors import BufferShapes
 from hpcpipe.pipeline.parameters import Parameters
 
@@ -40,6 +41,8 @@ class Stage:
         Samples per microbatch, tokens per sample, size of the residual stream.
     recompute : bool
         Keep only the residual streams and compute the rest again in the backward.
+    team : Team
+        The threads that share its products.
     """
 
     def __init__(
@@ -50,13 +53,15 @@ class Stage:
         context: int,
         width: int,
         recompute: bool = False,
+        team: Team = ALONE,
     ) -> None:
         self.layers = tuple(layers)
         self.batch = batch
         self.stream_shape = (batch * context, width)
         self.recompute = recompute
+        self._team = team
         self._weights = [parameters.weights_of(layer) for layer in layers]
-        self._scratch = _shared([layer.scratch_shapes(batch) for layer in layers])
+        self._scratch = _shared([layer.scratch_shapes(batch, team.num_threads) for layer in layers])
         self._shared_stashes = self._layer_stashes() if recompute else None
         self._unused = np.empty(self.stream_shape, np.float32)
 
@@ -81,7 +86,7 @@ class Stage:
         """Run all layers; `x` is not read by a stage with the embedding, `out` not written by one with the head."""
         streams = [x, *stash.streams, out]
         for index, layer in enumerate(self.layers):
-            buffers = Buffers(stash.layers[index], {}, self._scratch[index])
+            buffers = Buffers(stash.layers[index], {}, self._scratch[index], self._team)
             layer.forward(self._weights[index], microbatch, streams[index], streams[index + 1], buffers, poll)
 
     def backward(
@@ -133,7 +138,7 @@ class Stage:
     ) -> None:
         if self.recompute:
             self._forward_again(index, microbatch, x, stash, poll)
-        buffers = Buffers(stash.layers[index], upstream[index], self._scratch[index])
+        buffers = Buffers(stash.layers[index], upstream[index], self._scratch[index], self._team)
         x = stash.streams[index - 1] if index else x
         self.layers[index].backward_input(self._weights[index], microbatch, x, d, buffers, poll)
 
@@ -147,12 +152,12 @@ class Stage:
         gradients: Sequence[Arrays],
         poll: Poll,
     ) -> None:
-        buffers = Buffers(stash.layers[index], upstream[index], self._scratch[index])
+        buffers = Buffers(stash.layers[index], upstream[index], self._scratch[index], self._team)
         x = stash.streams[index - 1] if index else x
         self.layers[index].backward_weight(gradients[index], microbatch, x, buffers, poll)
 
     def _forward_again(self, index: int, microbatch: Microbatch, x: np.ndarray, stash: Stash, poll: Poll) -> None:
-        buffers = Buffers(stash.layers[index], {}, self._scratch[index])
+        buffers = Buffers(stash.layers[index], {}, self._scratch[index], self._team)
         x = stash.streams[index - 1] if index else x
         self.layers[index].forward(self._weights[index], microbatch, x, self._unused, buffers, poll)
 

@@ -35,7 +35,7 @@ def predict_bytes(config: Config, schedule: Schedule, stage_rank: int) -> int:
         The rank's place in its pipeline.
     """
     model, parallel = config.model, config.parallel
-    layers = build_layers(model)
+    layers = build_layers(model, config.train.precision)
     cut = parallel.partition
     ranges = partition(layers, schedule.num_stages, None if isinstance(cut, str) else cut)
     counts = count_buffers(schedule, stage_rank)

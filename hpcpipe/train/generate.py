@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from hpcpipe.model.head import Head
 from hpcpipe.model.layer import Microbatch
 from hpcpipe.pipeline.executor import Executor, Work
 from hpcpipe.pipeline.stage import Stash
@@ -82,7 +83,9 @@ class Generator:
 
     def _keep_logits(self, stage: int, index: int, microbatch: Microbatch, stash: Stash) -> None:
         if stage == self._last_stage:
-            self._logits[:] = stash.layers[-1]["logits"][self._position]
+            head = self._state.model[-1]
+            assert isinstance(head, Head)
+            head.logits(stash.layers[-1], self._position, self._logits)
 
 
 def choose(logits: np.ndarray, temperature: float, number: float) -> int:

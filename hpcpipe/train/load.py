@@ -67,3 +67,4 @@ def _read_weights(reader: Reader, state: State) -> None:
     for stage in state.stages.values():
         for tensor in stage.parameters.layout.stored:
             reader.read(tensor.tied_to or tensor.name, WEIGHT, stage.parameters.weights.arrays[tensor.name])
+    state.pack()

@@ -83,7 +83,7 @@ class _ProfiledStage:
         parallel = config.parallel
         # In a pipeline the first and the last rank update a tied table each.
         model = replace(config.model, tied=config.model.tied and parallel.pipeline == 1)
-        embedding, *blocks, head = build_layers(model)
+        embedding, *blocks, head = build_layers(model, config.train.precision)
         stash = sum(spec.num_bytes for spec in blocks[0].stash_shapes(parallel.microbatch_size).values())
         num_blocks = min(-(-model.layers // parallel.pipeline), -(-_STASH_BYTES // (_IN_TURN * stash)))
         layers = [TimedLayer(layer) for layer in (embedding, *blocks[:num_blocks], head)]

@@ -7,10 +7,11 @@ from itertools import chain
 import numpy as np
 
 from hpcpipe.config.schema import Config, TrainConfig
+from hpcpipe.kernels.threads import Team
 from hpcpipe.memory.arena import Arena, offsets_of
 from hpcpipe.model.gpt2 import build_layers
 from hpcpipe.model.initial import fill_initial
-from hpcpipe.model.layer import Layer
+from hpcpipe.model.layer import ALONE, Layer
 from hpcpipe.model.partition import partition
 from hpcpipe.model.tensors import TensorSpec
 from hpcpipe.optim.adamw import MOMENTS, AdamW
@@ -92,6 +93,8 @@ class State:
         The stages of this rank.
     step : int
         Last finished step.
+    team : Team
+        The threads of the rank.
     """
 
     config: Config
@@ -99,6 +102,7 @@ class State:
     placement: tuple[int, ...]
     stages: dict[int, StageState]
     step: int = 0
+    team: Team = ALONE
 
     @property
     def last_stage(self) -> int:
@@ -116,6 +120,12 @@ class State:
         for stage in self.stages.values():
             for tensor in stage.parameters.layout.stored:
                 fill_initial(tensor, self.config.run.seed, stage.parameters.weights.arrays[tensor.name])
+        self.pack()
+
+    def pack(self) -> None:
+        """Let bfloat16 products read the weights as they are now."""
+        for stage in self.stages.values():
+            stage.parameters.packed.pack()
 
     def compute_stages(self, batch: int, recompute: bool = False, timed: bool = False) -> dict[int, Stage]:
         """Return this rank's stages ready for microbatches of `batch` samples, with stopwatches if `timed`."""
@@ -123,11 +133,13 @@ class State:
         stages = {}
         for index, stage in self.stages.items():
             layers = [TimedLayer(layer) for layer in stage.layers] if timed else stage.layers
-            stages[index] = Stage(layers, stage.parameters, batch, model.context, model.width, recompute)
+            stages[index] = Stage(layers, stage.parameters, batch, model.context, model.width, recompute, self.team)
         return stages
 
 
-def build_state(config: Config, placement: Sequence[int], stage_rank: int, replica: int = 0) -> State:
+def build_state(
+    config: Config, placement: Sequence[int], stage_rank: int, replica: int = 0, team: Team = ALONE
+) -> State:
     """Allocate the state of a pipeline rank.
 
     Parameters
@@ -140,8 +152,10 @@ def build_state(config: Config, placement: Sequence[int], stage_rank: int, repli
         This rank's place in its pipeline.
     replica : int
         The replica that it belongs to, of ``parallel.data``; it holds that shard of the moments.
+    team : Team
+        The threads of the rank.
     """
-    model = build_layers(config.model)
+    model = build_layers(config.model, config.train.precision)
     cut = config.parallel.partition
     ranges = partition(model, len(placement), None if isinstance(cut, str) else cut)
     held = [stage for stage, rank in enumerate(placement) if rank == stage_rank]
@@ -149,7 +163,7 @@ def build_state(config: Config, placement: Sequence[int], stage_rank: int, repli
         stage: _build_stage(model, model[ranges[stage].start : ranges[stage].stop], config.parallel.data, replica)
         for stage in held
     }
-    return State(config, model, tuple(placement), stages)
+    return State(config, model, tuple(placement), stages, team=team)
 
 
 def cut_stage(model: Sequence[Layer], held: Sequence[Layer], num_replicas: int) -> tuple[Bucket, ...]:

@@ -155,6 +155,7 @@ class Trainer:
         self._step, self._stop, self._agreed = step, stop, None
         self._executor.run()
         self._exchange.finish()
+        self._state.pack()
         self._gradients.reset()
         self._state.step = step
         agreed = self._agree_once()

@@ -31,7 +31,7 @@ class TimedLayer:
     """
 
     def __init__(self, layer: Layer) -> None:
-        self.prefix, self.tensors = layer.prefix, layer.tensors
+        self.prefix, self.tensors, self.packed = layer.prefix, layer.tensors, layer.packed
         self.stash_shapes, self.upstream_shapes = layer.stash_shapes, layer.upstream_shapes
         self.scratch_shapes, self.forward_flops = layer.scratch_shapes, layer.forward_flops
         self.taken: dict[str, deque[float]] = {}
