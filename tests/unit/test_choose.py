@@ -230,8 +230,8 @@ def clock(monkeypatch):
         move(1)
         return now
 
-    def build_clocked(model):
-        embedding, *blocks, head = build_layers(model)
+    def build_clocked(*arguments):
+        embedding, *blocks, head = build_layers(*arguments)
         pairs = [(embedding, 1), *((block, 2) for block in blocks), (head, 3)]
         return tuple(Clocked(layer, factor, move) for layer, factor in pairs)
 
