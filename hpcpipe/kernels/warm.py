@@ -10,116 +10,43 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from hpcpipe.errors import DiskError
-from hpcpipe.kernels import activation, adamw, attention, embedding, gemm, jit, loss, norm, reduce
+from hpcpipe.kernels import features, gemm, jit
+from hpcpipe.kernels.cases import cases
 
-Case = tuple[Callable[..., Any], tuple[Any, ...]]
-
-
-def cases(dtype: npt.DTypeLike = np.float32) -> list[Case]:
-    """List every kernel with tiny arguments of the types that training calls it with.
-
-    Parameters
-    ----------
-    dtype : dtype
-        Type of the float arrays.
-
-    Returns
-    -------
-    list of (kernel, arguments)
-        In the order of a training step. Each call gets buffers of its own.
-    """
-    batch, context, heads, width, vocab = 1, 2, 1, 2, 3
-    rows = batch * context
-
-    def floats(*shape: int) -> Any:
-        return np.zeros(shape, dtype)
-
-    tokens = np.zeros((batch, context), np.int32)
-    targets = tokens.reshape(rows)
-    x, vector, column, logits, qkv = (rows, width), width, rows, (rows, vocab), (rows, 3 * width)
-    square, lse = (width, width), (batch, heads, context)
-    scratch = attention.attention_scratch(context, width, heads)
-    return [
-        (embedding.embedding_forward, (tokens, floats(vocab, width), floats(*x), floats(*x))),
-        (
-            norm.layernorm_forward,
-            (floats(*x), floats(vector), floats(vector), floats(*x), floats(column), floats(column)),
-        ),
-        (gemm.matmul_bias, (floats(*x), floats(*square), floats(vector), floats(*x))),
-        (
-            attention.attention_forward,
-            (floats(*qkv), batch, heads, floats(*x), floats(*lse), floats(scratch)),
-        ),
-        (activation.gelu_forward, (floats(*x), floats(*x))),
-        (gemm.matmul, (floats(*x), floats(*square), floats(*x))),
-        (gemm.matmul_nt, (floats(*x), floats(*square), floats(*x))),
-        (loss.cross_entropy_forward, (floats(*logits), targets, floats(column), floats(column))),
-        (
-            loss.cross_entropy_backward,
-            (floats(*logits), targets, floats(column), floats(column), floats(*logits)),
-        ),
-        (gemm.matmul_tn, (floats(*x), floats(*x), floats(*square))),
-        (reduce.bias_gradient, (floats(*x), floats(vector), floats(vector))),
-        (activation.gelu_backward, (floats(*x), floats(*x), floats(*x))),
-        (
-            attention.attention_backward,
-            (
-                *(floats(*x), floats(*qkv), floats(*x), floats(*lse)),
-                *(batch, heads, floats(*qkv), floats(scratch)),
-            ),
-        ),
-        (
-            norm.layernorm_backward_input,
-            (floats(*x), floats(*x), floats(vector), floats(column), floats(column), floats(*x)),
-        ),
-        (
-            norm.layernorm_backward_weight,
-            (
-                *(floats(*x), floats(*x), floats(column), floats(column)),
-                *(floats(vector), floats(vector), floats(2, vector)),
-            ),
-        ),
-        (embedding.embedding_backward_weight, (tokens, floats(*x), floats(vocab, width), floats(*x))),
-        (reduce.add_into, (floats(vector), floats(vector))),
-        (reduce.sum_of_squares, (floats(vector),)),
-        (reduce.block_sums_of_squares, (floats(vector), np.zeros(1))),
-        (
-            adamw.adamw_update,
-            (*(floats(vector) for _ in range(4)), 1.0, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.1, 0.05),
-        ),
-    ]
+_UNITS = {
+    "amx": "matrix products by AMX tiles",
+    "avx512_bf16": "matrix products by AVX-512 dot products of bfloat16 pairs",
+    "vector": "matrix products by float32 vectors, for want of a bfloat16 unit",
+}
 
 
-def compile_all(report: Callable[[str, int, int], None] | None = None, dtype: npt.DTypeLike = np.float32) -> None:
+def compile_all(report: Callable[[str, int, int], None] | None = None, precision: str = "f32") -> None:
     """Load every kernel from disk, or compile it and keep it there; damaged files are replaced.
 
     Parameters
     ----------
     report : callable, optional
         Called before each kernel with its name, its number from 1, and how many there are.
-    dtype : dtype
-        Type of the float arrays.
+    precision : str
+        ``f32`` or ``bf16``.
 
     Raises
     ------
     DiskError
         If compiled code cannot be read from or written to its directory, or stays damaged.
     """
-    todo = cases(dtype)
+    todo = cases(precision)
     with _disk_errors():
-        _remove_damaged(dtype)
+        _remove_damaged(precision)
     for index, (function, arguments) in enumerate(todo, start=1):
         if report is not None:
             report(function.__name__, index, len(todo))
         with _disk_errors():
             _load(function, arguments)
     with _disk_errors():
-        if not is_compiled(dtype):
-            _write_marker(dtype)
+        if not is_compiled(precision):
+            _write_marker(precision)
 
 
 def _load(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
@@ -165,20 +92,20 @@ def _disk_errors() -> Iterator[None]:
         ) from error
 
 
-def is_compiled(dtype: npt.DTypeLike = np.float32) -> bool:
+def is_compiled(precision: str = "f32") -> bool:
     """Tell whether the directory of compiled code holds every kernel, undamaged, for this processor and this compiler.
 
     Parameters
     ----------
-    dtype : dtype
-        Type of the float arrays.
+    precision : str
+        ``f32`` or ``bf16``.
 
     Returns
     -------
     bool
         True if ``compile_all`` has nothing to compile.
     """
-    marker = _marker(dtype)
+    marker = _marker(precision)
     if marker is None:
         return True
     checksums = _read_marker(marker)
@@ -188,8 +115,16 @@ def is_compiled(dtype: npt.DTypeLike = np.float32) -> bool:
         return False
 
 
-def describe() -> str:
-    """Say in one line what the kernels were compiled for and which BLAS multiplies matrices."""
+def describe(precision: str = "f32") -> str:
+    """Say in one line what the kernels were compiled for, and what multiplies matrices.
+
+    Parameters
+    ----------
+    precision : str
+        ``f32`` or ``bf16``.
+    """
+    if precision == "bf16":
+        return f"bfloat16 kernels for {jit.cpu_name()}, {_UNITS[features.family()]}, numba {jit.compiler_version()}"
     threads = os.environ.get("OPENBLAS_NUM_THREADS", "1")
     return (
         f"float32 kernels for {jit.cpu_name()}, matrix products by {_blas()} on {threads} "
@@ -208,15 +143,15 @@ def _blas() -> str:
         return "scipy's BLAS"
 
 
-def _marker(dtype: npt.DTypeLike) -> Path | None:
+def _marker(precision: str) -> Path | None:
     """Name the file that says that all kernels are there; none if numba is told not to compile."""
     directory = jit.compiled_directory(gemm.matmul)
-    return None if directory is None else directory / f"complete-{np.dtype(dtype)}.json"
+    return None if directory is None else directory / f"complete-{precision}.json"
 
 
-def _write_marker(dtype: npt.DTypeLike) -> None:
+def _write_marker(precision: str) -> None:
     """List the files of compiled code and their checksums in the marker, which appears whole or not at all."""
-    marker = _marker(dtype)
+    marker = _marker(precision)
     if marker is None:
         return
     checksums = {path.name: _checksum(path) for path in sorted(marker.parent.glob("*.nb[ic]"))}
@@ -240,9 +175,9 @@ def _checksum(path: Path) -> int:
     return zlib.crc32(content) if path.suffix == ".nbc" else 0
 
 
-def _remove_damaged(dtype: npt.DTypeLike) -> None:
+def _remove_damaged(precision: str) -> None:
     """Remove compiled code that is not what the marker says: LLVM ends the process on some of it, and runs the rest."""
-    marker = _marker(dtype)
+    marker = _marker(precision)
     if marker is None:
         return
     for name, crc in _read_marker(marker).items():

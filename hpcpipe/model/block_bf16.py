@@ -77,7 +77,7 @@ class BFloat16Block(Block):
         self, weights: Arrays, microbatch: Microbatch, x: np.ndarray, out: np.ndarray, buffers: Buffers, poll: Poll
     ) -> None:
         """Compute attention and perceptron, each added to the residual stream."""
-        s, w, run, rows = buffers.stash, weights, buffers.run, len(x)
+        s, w, run, rows = buffers.stash, weights, buffers.team.run, len(x)
         batch = microbatch.tokens.shape[0]
         norm1, norm2 = (s["normed1"], s["mean1"], s["rstd1"]), (s["normed2"], s["mean2"], s["rstd2"])
         run(layernorm_forward_bf16, rows, x, w["norm1/weight"], w["norm1/bias"], *norm1)
@@ -100,7 +100,7 @@ class BFloat16Block(Block):
         self, weights: Arrays, microbatch: Microbatch, x: np.ndarray, d: np.ndarray, buffers: Buffers, poll: Poll
     ) -> None:
         """Walk the block from behind; `d` follows the residual stream in place."""
-        s, up, w, run, rows = buffers.stash, buffers.upstream, weights, buffers.run, len(x)
+        s, up, w, run, rows = buffers.stash, buffers.upstream, weights, buffers.team.run, len(x)
         d_attended = buffers.scratch["d_attended"]
         norm1, norm2 = (s["mean1"], s["rstd1"]), (s["mean2"], s["rstd2"])
         run(to_bfloat16, rows, d, up["d_out"])

@@ -71,7 +71,7 @@ class BFloat16Head(Head):
         self, weights: Arrays, microbatch: Microbatch, x: np.ndarray, out: np.ndarray, buffers: Buffers, poll: Poll
     ) -> None:
         """Compute the logits, and the loss of the microbatch; `out` is not written."""
-        s, scratch, run, rows = buffers.stash, buffers.scratch, buffers.run, len(x)
+        s, scratch, run, rows = buffers.stash, buffers.scratch, buffers.team.run, len(x)
         norm = (weights["norm/weight"], weights["norm/bias"], s["normed"], s["mean"], s["rstd"])
         run(layernorm_forward_bf16, rows, x, *norm)
         vocab, exponentials = self._model.vocab, (scratch["highest"], scratch["totals"])
@@ -86,7 +86,7 @@ class BFloat16Head(Head):
         self, weights: Arrays, microbatch: Microbatch, x: np.ndarray, d: np.ndarray, buffers: Buffers, poll: Poll
     ) -> None:
         """Fill `d` with the gradient of the loss; what it held before is not read."""
-        s, up, scratch, run, rows = buffers.stash, buffers.upstream, buffers.scratch, buffers.run, len(x)
+        s, up, scratch, run, rows = buffers.stash, buffers.upstream, buffers.scratch, buffers.team.run, len(x)
         targets, coefficients = microbatch.targets.reshape(-1), microbatch.coefficients.reshape(-1)
         vocab, table, d_logits = self._model.vocab, weights["weight:rows"], up["d_logits"]
         run(cross_entropy_backward_bf16, rows, s["logits"], vocab, targets, coefficients, s["lse"], d_logits)

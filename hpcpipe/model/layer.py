@@ -2,17 +2,15 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from hpcpipe.kernels.threads import GRAIN, Team, cut
+from hpcpipe.kernels.threads import ALONE, Team
 from hpcpipe.model.tensors import BufferShapes, TensorSpec
 
 Arrays = Mapping[str, np.ndarray]
 Poll = Callable[[], None]
-ALONE = Team(1)
-"""The team of a rank that computes on one thread."""
 
 
 @dataclass
@@ -57,41 +55,6 @@ class Buffers:
     upstream: Arrays
     scratch: Arrays
     team: Team = ALONE
-
-    def run(
-        self,
-        kernel: Callable[..., object],
-        length: int,
-        *arguments: Any,
-        private: np.ndarray | None = None,
-        grain: int = GRAIN,
-    ) -> None:
-        """Call ``kernel(*arguments, first, last)`` for ranges that cover 0 to `length`, one for each thread.
-
-        Parameters
-        ----------
-        kernel : callable
-            Writes only what belongs to its range.
-        length : int
-            Rows, or whatever ranges are counted in.
-        *arguments
-            Passed on.
-        private : ndarray, optional
-            Scratch, of which each thread gets its own ``private[i]`` as a further argument before its range.
-        grain : int
-            Ranges start at multiples of this.
-        """
-        ranges = cut(length, self.team.num_threads, grain)
-        if len(ranges) == 1:
-            kernel(*arguments, *(() if private is None else (private[0],)), *ranges[0])
-            return
-
-        def part(first: int, last: int) -> None:
-            own = () if private is None else (private[starts[first]],)
-            kernel(*arguments, *own, first, last)
-
-        starts = {first: index for index, (first, _) in enumerate(ranges)}
-        self.team.run(part, ranges)
 
 
 class Layer(Protocol):

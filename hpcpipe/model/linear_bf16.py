@@ -42,11 +42,11 @@ def add_matrix_gradient(x: np.ndarray, d: np.ndarray, gradient: np.ndarray, buff
         The layer's, with `gradient_scratch`.
     """
     packed = buffers.scratch["packed"][: panel_elements(*d.shape)]
-    buffers.run(pack_bfloat16_rows, -(-d.shape[1] // 32), d, packed, grain=1)
-    buffers.run(weight_gradient, len(gradient), x, packed, gradient, private=buffers.scratch["transposed"])
+    buffers.team.run(pack_bfloat16_rows, -(-d.shape[1] // 32), d, packed, grain=1)
+    buffers.team.run(weight_gradient, len(gradient), x, packed, gradient, private=buffers.scratch["transposed"])
 
 
 def add_linear_gradients(x: np.ndarray, d: np.ndarray, gradients: Arrays, name: str, buffers: Buffers) -> None:
     """Add the gradients of ``<name>/weight`` and ``<name>/bias``; shapes as in `add_matrix_gradient`."""
     add_matrix_gradient(x, d, gradients[f"{name}/weight"], buffers)
-    buffers.run(bias_gradient_bf16, d.shape[1], d, gradients[f"{name}/bias"])
+    buffers.team.run(bias_gradient_bf16, d.shape[1], d, gradients[f"{name}/bias"])

@@ -96,7 +96,7 @@ kept = {"add_into", "sum_of_squares"}
 if sys.argv[1:] == ["helper"]:
     kept = {"gelu_forward"}
 every = warm.cases
-warm.cases = lambda dtype: [case for case in every(dtype) if case[0].__name__ in kept]
+warm.cases = lambda precision: [case for case in every(precision) if case[0].__name__ in kept]
 warm.compile_all()
 print(jit.compiled_directory(reduce.add_into))
 """
