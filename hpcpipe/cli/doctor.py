@@ -94,7 +94,7 @@ def as_text(report: dict[str, Any]) -> str:
         "hpcpipe": report["versions"]["hpcpipe"],
         "MPI": (mpi["library"] or "none that works").partition(", package")[0],
         "mpirun": mpi["mpirun"] or "none",
-        "two ranks": "exchange messages" if mpi["works"] else "do not work together",
+        "two ranks": f"exchange messages; on cores: {mpi['cores']}" if mpi["works"] else "do not work together",
         "cores": f"{report['cores']} usable, {report['cpu']}",
         "features": " ".join(report["features"]) or "none that kernels use",
         "memory": f"{memory['total_bytes'] / 2**30:.1f} GiB, {memory['available_bytes'] / 2**30:.1f} GiB available",
@@ -115,7 +115,7 @@ def _mpi(problems: list[str]) -> dict[str, Any]:
     """Find mpirun and let two ranks talk."""
     from hpcpipe.cluster import launcher
 
-    facts: dict[str, Any] = {"library": None, "version": None, "mpirun": None, "works": False}
+    facts: dict[str, Any] = {"library": None, "version": None, "mpirun": None, "works": False, "cores": None}
     try:
         mpirun = launcher.find_mpirun()
     except UsageError as error:
@@ -124,7 +124,7 @@ def _mpi(problems: list[str]) -> dict[str, Any]:
     facts.update(mpirun=str(mpirun), version=launcher.mpirun_version(mpirun))
     heard, trouble = _two_ranks(mpirun)
     if heard is not None:
-        facts["library"] = heard["library"]
+        facts["library"], facts["cores"] = heard["library"], heard["cores"]
         facts["works"] = heard["size"] == 2 and heard["arrived"]
         if heard["size"] != 2:
             trouble = (

@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcpipe.cluster import processor, slurm
+from hpcpipe.cluster import slurm
+from hpcpipe.cluster.binding import BIND
 from hpcpipe.cluster.environment import LAUNCH_ID, TERMINAL, THREAD_VARIABLES, limit_blas_threads
 from hpcpipe.errors import UsageError
 
@@ -25,18 +27,12 @@ class Machine:
 
     Attributes
     ----------
-    num_cores : int
-        Cores of this node that the ranks may use.
-    is_restricted : bool
-        An affinity mask or a quota leaves only a part of this node to us.
     num_nodes : int
         Nodes that the ranks run on.
     in_slurm : bool
         Slurm says where the ranks go.
     """
 
-    num_cores: int
-    is_restricted: bool
     num_nodes: int
     in_slurm: bool
 
@@ -45,8 +41,6 @@ def this_machine() -> Machine:
     """Gather the facts of the machine or allocation that this process runs in."""
     allocation = slurm.allocation()
     return Machine(
-        num_cores=processor.num_physical_cores(),
-        is_restricted=processor.is_restricted(),
         num_nodes=allocation.num_nodes if allocation else 1,
         in_slurm=allocation is not None,
     )
@@ -128,7 +122,8 @@ def mpirun_command(
         ``mpirun``, options, program.
     """
     command = [str(mpirun), "-n", str(num_ranks)]
-    command += _placement(num_ranks, machine, extra)
+    command += _placement(machine, extra)
+    command += _binding(extra)
     command += _transports(machine, extra, environ)
     for name in (LAUNCH_ID, TERMINAL, *THREAD_VARIABLES):
         if name in environ:
@@ -213,23 +208,23 @@ def _give_home(environ: MutableMapping[str, str]) -> None:
             environ["HOME"] = tempfile.gettempdir()
 
 
-def _placement(num_ranks: int, machine: Machine, extra: Sequence[str]) -> list[str]:
-    """Choose how ranks are mapped and bound."""
-    num_ranks_per_node = -(-num_ranks // machine.num_nodes)
-    fits = num_ranks_per_node <= machine.num_cores
-    options = []
-    if not _is_given(extra, "--map-by", "--oversubscribe", "--rankfile", "--ppr", "--host", "--hostfile"):
-        if not machine.in_slurm:
-            # Needed also where the ranks fit: mpirun counts cores of the whole machine or of one socket, not ours.
-            options += ["--oversubscribe"]
-        elif not fits:
-            options += ["--map-by", "slot"]
-    if not _is_given(extra, "--bind-to", "--cpu-set", "--rankfile"):
-        # A lone rank gains nothing from a core of its own, and two such runs would share core 0. Inside a part
-        # of the machine mpirun may pick cores that are not ours.
-        bind = fits and num_ranks_per_node > 1 and (machine.in_slurm or not machine.is_restricted)
-        options += ["--bind-to", "core" if bind else "none"]
-    return options
+def _placement(machine: Machine, extra: Sequence[str]) -> list[str]:
+    """Allow more ranks than cores, except in an allocation, which says how many ranks a node has."""
+    given = _is_given(extra, "--map-by", "--oversubscribe", "--rankfile", "--ppr", "--host", "--hostfile")
+    # Needed also where the ranks fit: mpirun counts cores of the whole machine or of one socket, not ours.
+    return [] if given or machine.in_slurm else ["--oversubscribe"]
+
+
+def _binding(extra: Sequence[str]) -> list[str]:
+    """Let ranks bind themselves, unless the user has mpirun do it or not do it.
+
+    mpirun would have to know the threads of each rank, refuses ranks with more cores than a socket has, and may pick
+    cores outside an affinity mask.
+    """
+    maps_cores = any(re.search("[:,]pe=", option.lower()) for option in extra)
+    if maps_cores or _is_given(extra, "--bind-to", "--cpu-set", "--rankfile"):
+        return []
+    return ["--bind-to", "none", "-x", f"{BIND}=cores"]
 
 
 def _transports(machine: Machine, extra: Sequence[str], environ: Mapping[str, str]) -> list[str]:

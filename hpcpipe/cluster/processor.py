@@ -76,22 +76,6 @@ def num_physical_cores(root: Path = Path("/"), processors: Collection[int] | Non
     return _within_quota(len(siblings), root)
 
 
-def is_restricted(root: Path = Path("/")) -> bool:
-    """Tell whether this process may use only a part of the machine's processors.
-
-    Parameters
-    ----------
-    root : Path
-        As in `num_cores`.
-
-    Returns
-    -------
-    bool
-        True under an affinity mask or a CPU quota.
-    """
-    return num_cores(root) < (os.cpu_count() or 1)
-
-
 def cpu_quota(root: Path = Path("/")) -> float | None:
     """Read the CPU quota of this process's control group.
 

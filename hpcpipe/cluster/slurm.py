@@ -26,6 +26,9 @@ class Allocation:
         Tasks asked for on each node; on nodes that differ, the largest. None where Slurm does not say.
     restart_count : int
         How often the job was requeued.
+    num_cpus_per_node : int or None
+        Processors granted on each node, hardware threads where Slurm counts these; on nodes that differ, the fewest.
+        None where Slurm does not say.
     """
 
     job_id: int
@@ -33,6 +36,7 @@ class Allocation:
     node_list: str
     num_tasks_per_node: int | None
     restart_count: int
+    num_cpus_per_node: int | None = None
 
 
 def allocation(environ: Mapping[str, str] = os.environ) -> Allocation | None:
@@ -52,13 +56,13 @@ def allocation(environ: Mapping[str, str] = os.environ) -> Allocation | None:
     if not job_id.isdecimal():
         return None
     tasks = environ.get("SLURM_NTASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE") or ""
-    counts = [int(count) for count in re.findall(r"(?:^|,)(\d+)", tasks)]
     return Allocation(
         job_id=int(job_id),
         num_nodes=_number(environ, "SLURM_JOB_NUM_NODES", "SLURM_NNODES") or 1,
         node_list=environ.get("SLURM_JOB_NODELIST", ""),
-        num_tasks_per_node=max(counts, default=None),
+        num_tasks_per_node=max(_counts(tasks), default=None),
         restart_count=_number(environ, "SLURM_RESTART_COUNT") or 0,
+        num_cpus_per_node=min(_counts(environ.get("SLURM_JOB_CPUS_PER_NODE", "")), default=None),
     )
 
 
@@ -80,6 +84,11 @@ def task(environ: Mapping[str, str] = os.environ) -> tuple[int, int, int] | None
     if rank is None or local_rank is None or size is None:
         return None
     return rank, size, local_rank
+
+
+def _counts(text: str) -> list[int]:
+    """Read a count for each kind of node, such as ``4(x2),7``."""
+    return [int(count) for count in re.findall(r"(?:^|,)(\d+)", text)]
 
 
 def _number(environ: Mapping[str, str], *names: str) -> int | None:

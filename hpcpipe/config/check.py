@@ -11,6 +11,7 @@ from hpcpipe.config.grid import (
     partition_covers_the_layers,
 )
 from hpcpipe.config.schema import Config
+from hpcpipe.config.threads import Node, choose_threads
 from hpcpipe.config.values import as_toml
 from hpcpipe.errors import DamagedError, UsageError
 
@@ -31,14 +32,13 @@ POSITIVE = (
     "parallel.data",
     "parallel.microbatches",
     "parallel.microbatch_size",
-    "parallel.threads",
     "parallel.timeout_s",
     "train.steps",
     "train.learning_rate",
 )
 
 
-def resolve(config: Config, world_size: int, has_bf16_unit: bool = False) -> Config:
+def resolve(config: Config, world_size: int, has_bf16_unit: bool = False, node: Node | None = None) -> Config:
     """Check a configuration for a number of ranks and fill in what it leaves to be chosen.
 
     Parameters
@@ -49,12 +49,14 @@ def resolve(config: Config, world_size: int, has_bf16_unit: bool = False) -> Con
         Number of ranks that were started.
     has_bf16_unit : bool
         Whether every processor multiplies bfloat16 faster than float32: what ``train.precision = "auto"`` goes by.
+    node : Node or None
+        The node with the fewest cores for each of its ranks: what ``parallel.threads = 0`` goes by.
 
     Returns
     -------
     Config
-        With `parallel.pipeline`, `parallel.lanes`, `train.decay_steps` and `train.precision` filled in. It
-        resolves to itself.
+        With `parallel.pipeline`, `parallel.lanes`, `parallel.threads`, `train.decay_steps` and `train.precision`
+        filled in. It resolves to itself.
 
     Raises
     ------
@@ -68,6 +70,7 @@ def resolve(config: Config, world_size: int, has_bf16_unit: bool = False) -> Con
         parallel = replace(parallel, pipeline=world_size // parallel.data)
     if parallel.lanes == 0:
         parallel = replace(parallel, lanes=_choose_lanes(parallel.microbatches, parallel.data))
+    parallel = replace(parallel, threads=choose_threads(parallel.threads, node))
     train = replace(config.train, decay_steps=config.train.decay_steps or config.train.steps)
     if train.precision == "auto":
         train = replace(train, precision="bf16" if has_bf16_unit else "f32")
@@ -187,16 +190,6 @@ def _heads_divide_width(config: Config, world_size: int) -> str | None:
     )
 
 
-def _one_thread(config: Config, world_size: int) -> str | None:
-    threads = config.parallel.threads
-    if threads == 1:
-        return None
-    return (
-        f"parallel.threads = {threads}: this version computes with one thread per rank: set parallel.threads = 1 "
-        "and start one rank per core"
-    )
-
-
 def _validation_fraction_is_a_part(config: Config, world_size: int) -> str | None:
     fraction = config.data.validation_fraction
     if 0 < fraction < 1:
@@ -253,7 +246,6 @@ CHECKS: tuple[Check, ...] = (
     _choices_exist,
     _positive_where_needed,
     _heads_divide_width,
-    _one_thread,
     _validation_fraction_is_a_part,
     _data_is_named,
     _betas_are_decay_rates,

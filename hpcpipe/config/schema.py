@@ -55,7 +55,7 @@ class ParallelConfig:
     microbatches: int = key(8, "microbatches per step over all replicas, a multiple of data")
     microbatch_size: int = key(4, "samples per microbatch")
     partition: str | tuple[int, ...] = key("auto", "blocks of each stage, as a list; auto: cut by measured costs")
-    threads: int = key(1, "threads per rank; this version computes with one")
+    threads: int = key(0, "threads per rank; 0: cores of its node / ranks there; float32 computes with one")
     lanes: int = key(0, "partial gradient sums per step, see docs/numerics.md; 0: chosen from microbatches")
     timeout_s: float = key(600.0, "seconds a rank waits for another before it gives up")
 
@@ -67,8 +67,8 @@ class TrainConfig:
     steps: int = key(1000, "optimizer updates until the run is done")
     precision: str = key(
         "auto",
-        "f32: float32 throughout; bf16: bfloat16 operands, float32 sums and weights; auto: bf16 on processors with a unit"
-        " for it",
+        "f32: float32 throughout; bf16: bfloat16 operands, float32 sums and weights; auto: bf16 where the processor has"
+        " a unit for it",
     )
     learning_rate: float = key(1e-3, "peak learning rate")
     warmup_steps: int = key(50, "steps of linear warmup")

@@ -72,15 +72,17 @@ class Team:
         self._workers: list[_Worker] = []
         self._mask_before: set[int] = set()
         self._pid = 0
-        if self._turns:
-            # Loads or compiles it, so that no step waits for that.
-            words = np.zeros(2, np.int64)
-            spin.exchange(words.ctypes.data, 0, words[1:].ctypes.data, 1, 0)
 
     @property
     def is_pinned(self) -> bool:
         """Whether each thread has cores of its own."""
         return bool(self._cores)
+
+    def prepare(self) -> None:
+        """Load or compile what threads wait with, so that no step waits for that."""
+        if self._turns:
+            words = np.zeros(2, np.int64)
+            spin.exchange(words.ctypes.data, 0, words[1:].ctypes.data, 1, 0)
 
     def run(
         self,

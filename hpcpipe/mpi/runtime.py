@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import mpi4py
 
+from hpcpipe.cluster.binding import Binding, bind, count_cores
 from hpcpipe.cluster.environment import die_with_parent
-from hpcpipe.cluster.processor import num_physical_cores
+from hpcpipe.config.threads import Node
 from hpcpipe.errors import ExitCode, UsageError
 
 mpi4py.rc.initialize = False
@@ -34,23 +35,66 @@ class World:
         A duplicate of the world communicator, freed by `stop`.
     rank, size : int
         This rank and the number of ranks.
-    local_rank, num_local_ranks : int
-        This rank among those of its node, and how many they are.
+    local_rank : int
+        This rank among those of its node.
+    local_ranks : tuple of int
+        The ranks of its node.
+    local_masks : tuple of frozenset of int
+        The processors that each of them could use at the start.
     num_local_cores : int
-        Cores that the ranks of this node may use together.
+        Cores that they may use together.
+    tightest : Node
+        The node that has the fewest cores for each of its ranks.
     """
 
     comm: MPI.Intracomm
     rank: int
     size: int
     local_rank: int
-    num_local_ranks: int
+    local_ranks: tuple[int, ...]
+    local_masks: tuple[frozenset[int], ...]
     num_local_cores: int
+    tightest: Node
+
+    @property
+    def num_local_ranks(self) -> int:
+        """Ranks of this node."""
+        return len(self.local_ranks)
 
     @property
     def owns_core(self) -> bool:
         """Whether there is a core for every rank of this node."""
         return self.num_local_ranks <= self.num_local_cores
+
+    def bind(self, num_threads: int) -> Binding:
+        """Let this rank and the threads that it will start run on the cores that are its own, if there are such.
+
+        Parameters
+        ----------
+        num_threads : int
+            Threads of each rank.
+
+        Returns
+        -------
+        Binding
+            Of the ranks of this node, in the order of `local_ranks`.
+
+        Raises
+        ------
+        UsageError
+            The system does not allow it.
+        """
+        binding = bind(self.local_ranks, self.local_masks, num_threads)
+        wanted = binding.processors(self.local_rank)
+        if wanted != self.local_masks[self.local_rank]:
+            try:
+                os.sched_setaffinity(0, wanted)
+            except OSError as error:
+                raise UsageError(
+                    f"rank {self.rank} could not be bound to the processors {sorted(wanted)} ({error.strerror}): start"
+                    " with `hpcpipe launch --mpirun-arg=--bind-to --mpirun-arg=none`"
+                ) from error
+        return binding
 
 
 def _every_rank() -> MPI.Intracomm:
@@ -72,10 +116,13 @@ def start() -> World:
         MPI.Init_thread(MPI.THREAD_FUNNELED)
     comm = _every_rank().Dup()
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
-    local_rank, num_local_ranks = node.rank, node.size
-    processors = set().union(*node.allgather(os.sched_getaffinity(0)))
+    local_rank = node.rank
+    local_ranks, local_masks = zip(*node.allgather((comm.rank, frozenset(os.sched_getaffinity(0)))), strict=True)
     node.Free()
-    return World(comm, comm.rank, comm.size, local_rank, num_local_ranks, num_physical_cores(processors=processors))
+    num_cores = count_cores(frozenset().union(*local_masks))
+    fewest = comm.allreduce((num_cores / len(local_ranks), len(local_ranks), num_cores), op=MPI.MIN)
+    tightest = Node(fewest[1], fewest[2])
+    return World(comm, comm.rank, comm.size, local_rank, local_ranks, local_masks, num_cores, tightest)
 
 
 def stop(world: World) -> None:

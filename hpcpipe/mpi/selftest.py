@@ -22,8 +22,14 @@ def main() -> int:
         MESSAGE, dest=(world.rank + 1) % world.size, recvbuf=received, source=(world.rank - 1) % world.size
     )
     arrived = received == MESSAGE
+    binding = world.bind(num_threads=1)
     if world.rank == 0:
-        facts = {"size": world.size, "arrived": arrived, "library": runtime.library_version()}
+        facts = {
+            "size": world.size,
+            "arrived": arrived,
+            "library": runtime.library_version(),
+            "cores": binding.describe(),
+        }
         sys.stdout.write(json.dumps(facts) + "\n")
         sys.stdout.flush()
     runtime.stop(world)

@@ -30,6 +30,8 @@ class Waiter:
 
     Attributes
     ----------
+    timeout_s, owns_core
+        As above; the owner may change them.
     waited_s : float
         Seconds spent waiting so far; the owner resets it.
     background : callable
@@ -38,7 +40,7 @@ class Waiter:
 
     def __init__(self, timeout_s: float, owns_core: bool = False) -> None:
         self.timeout_s = timeout_s
-        self._yield_s = _YIELD_ON_OWN_CORE_S if owns_core else _YIELD_S
+        self.owns_core = owns_core
         self.waited_s = 0.0
         self.background: Callable[[], None] = lambda: None
 
@@ -61,7 +63,8 @@ class Waiter:
         if MPI.Request.Testall(pending):
             return
         start = time.perf_counter()
-        stop_yielding, nap_s = start + self._yield_s, _SHORTEST_SLEEP_S
+        stop_yielding = start + (_YIELD_ON_OWN_CORE_S if self.owns_core else _YIELD_S)
+        nap_s = _SHORTEST_SLEEP_S
         while not MPI.Request.Testall(pending):
             self.background()
             if time.perf_counter() < stop_yielding:

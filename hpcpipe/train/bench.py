@@ -80,6 +80,7 @@ def bench_actions(names: Sequence[str], num_ranks: int | None, num_microbatches:
     with leaving_together(world, None) as outcome:
         waiter = Waiter(_TIMEOUT_S, owns_core=world.owns_core)
         with together(world.comm, waiter):
+            world.bind(num_threads=1)
             if num_ranks not in (None, world.size):
                 raise UsageError(f"--ranks {num_ranks}, but {world.size} ranks were started: leave --ranks out")
             schedules = _build(names, world.size, num_microbatches, repetitions)

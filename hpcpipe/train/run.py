@@ -17,6 +17,7 @@ from hpcpipe.data.reader import TokenFile
 from hpcpipe.data.windows import HeldOut, Samples
 from hpcpipe.errors import DiskError, ExitCode, UsageError
 from hpcpipe.kernels import warm
+from hpcpipe.kernels.threads import Team
 from hpcpipe.model.gpt2 import count_parameters
 from hpcpipe.mpi import runtime
 from hpcpipe.mpi.agree import together
@@ -82,21 +83,24 @@ def _train(world: World, config_path: Path, overrides: Sequence[str], resume: st
     stop = StopRequest()
     waiter = Waiter(_SETUP_TIMEOUT_S, owns_core=world.owns_core)
     with together(world.comm, waiter):
-        config = resolve(load(config_path, overrides), world.size)
+        config = resolve(load(config_path, overrides), world.size, node=world.tightest)
         schedule = build_schedule(config)
         config = check_schedule(config, schedule)
         mode = MessageMode.parse(os.environ.get(MESSAGES, ""))
+        binding = world.bind(config.parallel.threads)
+    waiter.owns_core = not binding.is_oversubscribed
     directory = RunDirectory.of(config.run)
     lock = RunLock(directory.lock)
     with together(world.comm, waiter):
         if world.rank == 0:
             _open(directory, lock, config)
+    team = Team(config.parallel.threads, binding.own_cores(world.local_rank))
     try:
         grid = make_grid(world.comm, config.parallel.pipeline, config.parallel.data)
         console = Console(config.telemetry.console if world.rank == 0 else "quiet")
         events = EventLog(directory.events if world.rank == 0 else None)
         local = world.num_local_ranks, world.num_local_cores
-        session = Session(config, schedule, directory, grid, *local, waiter, mode, console, events)
+        session = Session(config, schedule, directory, grid, *local, binding, team, waiter, mode, console, events)
         session.status(0, None)
         events.add("started", hpcpipe=hpcpipe.__version__, ranks=world.size, pid=os.getpid(), resume=resume)
         _compile(session, world)
@@ -104,6 +108,7 @@ def _train(world: World, config_path: Path, overrides: Sequence[str], resume: st
         grid.free()
         return code
     finally:
+        team.close()
         if world.rank == 0:
             lock.release()
 
@@ -132,9 +137,11 @@ def _compile(session: Session, world: World) -> None:
 
     if world.local_rank == 0:
         warm.compile_all(None if warm.is_compiled() else report)
+        session.team.prepare()
     barrier(world.comm, session.waiter)
     if world.local_rank != 0:
         warm.compile_all(None)
+        session.team.prepare()
 
 
 def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
@@ -186,6 +193,14 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     session.events.add("done", step=state.step)
     session.status(state.step, ExitCode.DONE)
     return ExitCode.DONE
+
+
+def _describe_cores(session: Session) -> str:
+    """Say what runs where on the node of rank 0."""
+    config, binding = session.config, session.binding
+    where = " (node of rank 0)" if len(binding.ranks) < session.grid.comm.size else ""
+    unused = "; float32 uses one" if config.train.precision == "f32" and config.parallel.threads > 1 else ""
+    return f"{binding.describe()}{where}{unused}"
 
 
 def _require_memory(session: Session, config: Config) -> int:
@@ -240,5 +255,6 @@ def _introduce(session: Session, state: State, tokens: TokenFile, plan: Plan, ne
     )
     say(f"data: {tokens.path}, {tokens.num_tokens:,} tokens in {tokens.num_documents:,} documents of {tokens.source}")
     say(f"kernels: {warm.describe()}")
+    say(f"cores: {_describe_cores(session)}")
     say(f"memory: about {needed_bytes / 2**20:,.0f} MiB for weights, optimizer and activations of rank 0")
     say(f"run directory: {session.directory.path}")

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from hpcpipe.cluster.binding import Binding
 from hpcpipe.config.check import check_stages
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import ExitCode, UsageError
+from hpcpipe.kernels.threads import Team
 from hpcpipe.mpi.channel import MessageMode
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.mpi.wait import Waiter
@@ -36,6 +38,10 @@ class Session:
         This rank's place.
     num_local_ranks, num_local_cores : int
         Ranks of the run on this node, and the cores that they may use.
+    binding : Binding
+        Which cores the ranks of this node compute on.
+    team : Team
+        This rank's threads.
     waiter : Waiter
         Waits, with its deadline.
     mode : MessageMode
@@ -52,6 +58,8 @@ class Session:
     grid: Grid
     num_local_ranks: int
     num_local_cores: int
+    binding: Binding
+    team: Team
     waiter: Waiter
     mode: MessageMode
     console: Console

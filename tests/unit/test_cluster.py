@@ -29,7 +29,6 @@ def affinity(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_control_group_every_allowed_core_counts(tmp_path: Path) -> None:
     assert processor.num_cores(tmp_path) == 8
     assert processor.cpu_quota(tmp_path) is None
-    assert not processor.is_restricted(tmp_path)
 
 
 @pytest.mark.usefixtures("affinity")
@@ -39,7 +38,6 @@ def test_unified_quota(tmp_path: Path, quota: str, cores: int) -> None:
     write(tmp_path, "sys/fs/cgroup/jobs/cpu.max", quota)
     write(tmp_path, "sys/fs/cgroup/jobs/one/cpu.max", "max 100000")
     assert processor.num_cores(tmp_path) == cores
-    assert processor.is_restricted(tmp_path) == (cores < 8)
 
 
 @pytest.mark.usefixtures("affinity")
@@ -113,8 +111,9 @@ def test_slurm_outside_and_inside_an_allocation() -> None:
         "SLURM_JOB_NODELIST": "n[1-3]",
         "SLURM_TASKS_PER_NODE": "4(x2),7",
         "SLURM_RESTART_COUNT": "2",
+        "SLURM_JOB_CPUS_PER_NODE": "16(x2),12",
     }
-    assert slurm.allocation(environ) == slurm.Allocation(17, 3, "n[1-3]", 7, 2)
+    assert slurm.allocation(environ) == slurm.Allocation(17, 3, "n[1-3]", 7, 2, 12)
     assert slurm.allocation({"SLURM_JOB_ID": "17"}) == slurm.Allocation(17, 1, "", None, 0)
 
 

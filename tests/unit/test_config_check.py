@@ -6,6 +6,7 @@ import pytest
 
 from hpcpipe.config.check import check_data, check_stages, resolve
 from hpcpipe.config.schema import Config
+from hpcpipe.config.threads import Node
 from hpcpipe.errors import DamagedError, UsageError
 
 
@@ -92,7 +93,6 @@ def test_a_resolved_configuration_resolves_to_itself(steps):
         ),
         (1, {"model": {"width": 2, "heads": 3}}, ["model.width = 3,", "model.heads = 2"]),
         (1, {"model": {"kind": "llama"}}, ['model.kind = "llama"', '"gpt2"']),
-        (1, {"parallel": {"threads": 2}}, ["parallel.threads = 2", "one rank per core"]),
         (1, {"parallel": {"lanes": 3}}, ["parallel.lanes = 3", "microbatches = 8", "1, 2, 4, 8"]),
         (
             2,
@@ -119,6 +119,29 @@ def test_refusals_name_keys_numbers_and_cure(world_size, sections, words):
     message = refusal(world_size, **sections)
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "num_cores", "threads", "chosen"),
+    [(1, 8, 0, 8), (3, 8, 0, 2), (8, 2, 0, 1), (8, 2, 4, 4), (2, 8, 1, 1), (2, 256, 128, 128), (2, 2, 64, 64)],
+)
+def test_threads_are_filled_in_and_may_be_more_than_cores(num_ranks, num_cores, threads, chosen):
+    node = Node(num_ranks, num_cores)
+    resolved = resolve(config(parallel={"threads": threads}), 1, node=node)
+    assert resolved.parallel.threads == chosen
+    assert resolve(resolved, 1, node=node) == resolved
+
+
+def test_threads_of_a_node_that_is_not_known():
+    assert resolve(config(), 1).parallel.threads == 1
+    assert resolve(config(parallel={"threads": 4096}), 1).parallel.threads == 4096
+
+
+def test_far_more_threads_than_cores_are_refused():
+    with pytest.raises(UsageError) as caught:
+        resolve(config(parallel={"threads": 65}), 1, node=Node(2, 6))
+    for words in ("parallel.threads = 65 x 2 ranks", "6 cores", "parallel.threads = 3, or 0"):
+        assert words in str(caught.value)
 
 
 def test_the_head_may_be_a_stage_of_its_own():

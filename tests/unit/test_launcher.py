@@ -11,8 +11,9 @@ from hpcpipe.cluster.banner import BannerFilter, Failure
 from hpcpipe.cluster.launcher import Machine
 from hpcpipe.errors import UsageError
 
-LAPTOP = Machine(num_cores=4, is_restricted=False, num_nodes=1, in_slurm=False)
-CLUSTER = Machine(num_cores=64, is_restricted=False, num_nodes=2, in_slurm=True)
+LAPTOP = Machine(num_nodes=1, in_slurm=False)
+CLUSTER = Machine(num_nodes=2, in_slurm=True)
+BINDING = "--bind-to none -x HPCPIPE_BIND=cores"
 
 
 def options(num_ranks: int, machine: Machine, *extra: str, environ: dict[str, str] | None = None) -> str:
@@ -22,35 +23,32 @@ def options(num_ranks: int, machine: Machine, *extra: str, environ: dict[str, st
     return " ".join(command[3:-2])
 
 
-def test_ranks_that_fit_are_bound_to_cores() -> None:
-    assert options(4, LAPTOP) == "--oversubscribe --bind-to core --mca btl self,sm --mca pml ob1"
-
-
-@pytest.mark.parametrize("num_ranks", [1, 5, 8])
-def test_a_lone_rank_and_too_many_ranks_are_not_bound(num_ranks: int) -> None:
-    assert "--oversubscribe --bind-to none" in options(num_ranks, LAPTOP)
-
-
-def test_a_part_of_a_machine_is_not_bound() -> None:
-    assert "--bind-to none" in options(2, Machine(4, True, 1, False))
+def test_ranks_bind_themselves_and_may_be_more_than_cores() -> None:
+    for num_ranks in (1, 4, 500):
+        assert options(num_ranks, LAPTOP) == f"--oversubscribe {BINDING} --mca btl self,sm --mca pml ob1"
 
 
 def test_in_an_allocation_the_site_maps_and_chooses_the_network() -> None:
-    assert options(128, CLUSTER) == "--bind-to core"
-    assert options(129, CLUSTER) == "--map-by slot --bind-to none"
+    assert options(128, CLUSTER) == BINDING
 
 
 def test_one_node_of_a_cluster_starts_without_the_network() -> None:
-    one = Machine(num_cores=64, is_restricted=False, num_nodes=1, in_slurm=True)
-    assert options(8, one) == "--bind-to core --mca btl self,sm --mca pml ob1"
+    assert options(8, Machine(num_nodes=1, in_slurm=True)) == f"{BINDING} --mca btl self,sm --mca pml ob1"
 
 
 def test_options_of_the_user_replace_ours() -> None:
     assert options(2, LAPTOP, "--bind-to", "none", "--map-by", "numa") == (
         "--mca btl self,sm --mca pml ob1 --bind-to none --map-by numa"
     )
-    assert options(2, LAPTOP, "--mca", "btl", "self,tcp").endswith("--bind-to core --mca btl self,tcp")
-    assert "--bind-to core" in options(2, LAPTOP, "--report-bindings")
+    assert options(2, LAPTOP, "--mca", "btl", "self,tcp").endswith(f"{BINDING} --mca btl self,tcp")
+    assert BINDING in options(2, LAPTOP, "--report-bindings")
+
+
+@pytest.mark.parametrize("mapping", ["slot:PE=2", "ppr:1:numa:pe=8", "slot:OVERSUBSCRIBE,PE=2"])
+def test_mpirun_binds_where_the_user_lets_it_map_cores(mapping: str) -> None:
+    assert options(2, LAPTOP, "--map-by", mapping) == f"--mca btl self,sm --mca pml ob1 --map-by {mapping}"
+    assert BINDING in options(2, LAPTOP, "--map-by", mapping.partition(":")[0])
+    assert BINDING in options(2, LAPTOP, "--mca", "type=x", "y")
 
 
 def test_transports_in_the_environment_are_a_choice() -> None:
@@ -132,8 +130,16 @@ def test_mpirun_has_a_home(home: str | None, monkeypatch: pytest.MonkeyPatch) ->
     assert launcher.rank_environment("some-id", None, {"HOME": "/there"})["HOME"] == "/there"
 
 
-def test_this_machine_agrees_with_the_process() -> None:
-    assert launcher.this_machine().num_cores <= len(os.sched_getaffinity(0))
+def test_this_machine_is_what_slurm_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    assert launcher.this_machine() == Machine(num_nodes=1, in_slurm=False)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_NNODES", "3")
+    assert launcher.this_machine() == Machine(num_nodes=3, in_slurm=True)
+
+
+def test_the_launcher_of_this_environment_is_found() -> None:
     assert launcher.find_mpirun(sys.executable).name == "mpirun"
 
 
