@@ -93,6 +93,12 @@ def test_several_stages_per_rank(runs: Runs, expected, pipeline, data, schedule,
     compare(runs, expected, pipeline * data, NINE_LAYERS, parallel, environ)
 
 
+@pytest.mark.parametrize(("pipeline", "threads"), [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)])
+def test_threads(runs: Runs, expected, pipeline: int, threads: int) -> None:
+    compare(runs, expected, pipeline, (), (f"parallel.threads={threads}",), {})
+    assert f"\nthreads = {threads}\n" in (runs.directory("run") / "config.toml").read_text()
+
+
 def test_a_partition_by_hand(runs: Runs, expected) -> None:
     compare(runs, expected, 3, (), ("parallel.partition=[1,3,1]",), {})
 
