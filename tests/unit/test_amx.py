@@ -28,10 +28,10 @@ pytestmark = [
 ]
 
 
-def start(*arguments):
-    command = [sys.executable, "-m", "support.tile_products", *map(str, arguments)]
-    environment = {**os.environ, **tile_emulator.environment(), "PYTHONPATH": str(TESTS)}
-    environment.pop(features.VARIABLE, None)
+def run(*words):
+    """Run a module in an interpreter whose numba knows tiles."""
+    command = [sys.executable, "-m", *map(str, words)]
+    environment = {**os.environ, **tile_emulator.environment(), "PYTHONPATH": str(TESTS), features.VARIABLE: "amx"}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
@@ -82,7 +82,7 @@ def cases(operands):
 def results(cases, tmp_path_factory):
     directory = tmp_path_factory.mktemp("amx")
     save(directory / "cases.npz", cases)
-    finished = start("blocks", directory / "cases.npz", directory / "results.npz")
+    finished = run("support.tile_products", "blocks", directory / "cases.npz", directory / "results.npz")
     assert finished.returncode == 0, finished.stderr
     with np.load(directory / "results.npz") as file:
         return dict(file)
@@ -130,5 +130,15 @@ def test_two_threads_at_once_have_tiles_of_their_own(results):
 
 @pytest.mark.parametrize("how", ["unprepared", "released", "trap"])
 def test_what_is_no_valid_tile_instruction_ends_the_process(how):
-    finished = start("die", how)
+    finished = run("support.tile_products", "die", how)
     assert (finished.returncode, finished.stdout) == (-signal.SIGILL, "alive\n"), finished.stderr
+
+
+@pytest.mark.skipif(not tile_emulator.is_needed(), reason="these tests use the processor's tiles as they are")
+@pytest.mark.parametrize("file", ["test_products.py"])
+def test_what_is_built_of_blocks_passes_its_tests_on_tiles(file):
+    """The option keeps pytest from taking the signal away from the emulator."""
+    pytest_words = ["pytest", "-q", "-p", "no:faulthandler", "-p", "no:cacheprovider", TESTS / "unit" / file]
+    finished = run("support.tile_emulator", *pytest_words)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert " passed" in finished.stdout
