@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 from numba import types
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 from hpcpipe.kernels.jit import kernel
+from hpcpipe.kernels.vectors import FLOAT, declare
 
 _LOWEST = np.float32(-87.33654)  # ln of the smallest normal float32
 _HIGHEST = np.float32(88.72284)  # above it float32 overflows
@@ -25,6 +26,14 @@ _BIAS = np.float32(127)
 _MANTISSA = np.float32(2**23)
 # 1 / k!; on |r| <= ln(2) / 2 the term of r**8 is below a tenth of float32's last place.
 _C2, _C3, _C4, _C5, _C6, _C7 = (np.float32(1 / math.factorial(k)) for k in range(2, 8))
+# Minimax in relative error for 2**x on |x| <= 1/2.
+_S0, _S1, _S2, _S3, _S4 = (
+    np.float32(c) for c in (0.9999992614, 0.6931218147, 0.2402474483, 0.05591786076, 0.009570101968)
+)
+# Adding it leaves the nearest whole number, with the bias of float32's exponent on top, in the lowest bits.
+_WHOLE = np.float32(1.5 * 2**23 + 127)
+_SHIFT = np.uint32(23)
+_BELOW_ZERO, _ABOVE_INFINITY = np.float32(-88), np.float32(89)
 
 
 def exp(x: Any) -> Any:
@@ -78,3 +87,32 @@ def _call_float64(x: Any) -> Any:
 def _choose_exp(x: Any) -> Any:
     """Choose the form at compile time; it keeps its order of operations also in kernels that reorder sums."""
     return _call_float32 if x == types.float32 else _call_float64
+
+
+@intrinsic
+def _multiply_add(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """Compute ``a * b + c``, rounded once where the processor can, and else twice."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.call(declare(builder, "llvm.fmuladd.f32", FLOAT, [FLOAT] * 3), arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), emit
+
+
+# Kernels call intrinsics without the argument that numba passes to them.
+_fma: Any = _multiply_add
+
+
+@kernel
+def exp_short(x: Any) -> Any:
+    """Return e**x of a float32 scalar for what is rounded to bfloat16, off by at most 2**-17 of itself.
+
+    Results below 2**-126 are off by at most 2**-126; below -87.7 they are zero, above 88.4 infinite, and NaN stays NaN.
+    """
+    bounded = _BELOW_ZERO if x < _BELOW_ZERO else x
+    bounded = _ABOVE_INFINITY if bounded > _ABOVE_INFINITY else bounded
+    # e**x = 2**n * 2**r, n whole and |r| <= 1/2.
+    moved = np.float32(_fma(bounded, _LOG2_E, _WHOLE))
+    r = _fma(bounded, _LOG2_E, -(moved - _WHOLE))
+    series = _fma(_fma(_fma(_fma(_S4, r, _S3), r, _S2), r, _S1), r, _S0)
+    return series * np.uint32(moved.view(np.uint32) << _SHIFT).view(np.float32)
