@@ -30,7 +30,7 @@ def aligned(num_bytes: int) -> int:
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
-def new_block(num_bytes: int, name: str) -> np.ndarray:
+def new_block(num_bytes: int, name: str = "other") -> np.ndarray:
     """Return zeroed memory as uint8.
 
     It starts on a page; from 2 MiB on it starts on a huge page, and the kernel is asked for such pages. Memory is

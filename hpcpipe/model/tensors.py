@@ -59,6 +59,16 @@ def f32(*shape: int) -> BufferSpec:
     return BufferSpec(shape)
 
 
+def f64(*shape: int) -> BufferSpec:
+    """Return the spec of a float64 buffer."""
+    return BufferSpec(shape, np.dtype(np.float64))
+
+
+def i32(*shape: int) -> BufferSpec:
+    """Return the spec of an int32 buffer, as for tokens."""
+    return BufferSpec(shape, np.dtype(np.int32))
+
+
 def bf16(*shape: int) -> BufferSpec:
     """Return the spec of a bfloat16 buffer: uint16 bits, readable in whole blocks of a product.
 

@@ -11,7 +11,7 @@ def barrier(comm: MPI.Intracomm, waiter: Waiter) -> None:
     waiter.wait([comm.Ibarrier()], lambda: f"all {comm.size} ranks to meet")
 
 
-def gather_rows(comm: MPI.Intracomm, waiter: Waiter, row: np.ndarray) -> np.ndarray:
+def gather_rows(comm: MPI.Intracomm, waiter: Waiter, row: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Give every rank the rows of all ranks.
 
     Parameters
@@ -22,6 +22,8 @@ def gather_rows(comm: MPI.Intracomm, waiter: Waiter, row: np.ndarray) -> np.ndar
         Waits, with its deadline.
     row : ndarray, shape (n,)
         The caller's row: same length and dtype on every rank.
+    out : ndarray, shape (ranks, n), optional
+        The caller's, C-contiguous and of the same dtype: where the rows go.
 
     Returns
     -------
@@ -29,7 +31,7 @@ def gather_rows(comm: MPI.Intracomm, waiter: Waiter, row: np.ndarray) -> np.ndar
         Row r is rank r's.
     """
     row = np.ascontiguousarray(row)
-    rows = np.empty((comm.size, *row.shape), row.dtype)
+    rows = np.empty((comm.size, *row.shape), row.dtype) if out is None else out
     waiter.wait([comm.Iallgather(row, rows)], lambda: f"a row from each of {comm.size} ranks")
     return rows
 

@@ -57,17 +57,17 @@ class ShardExchange:
         Waits, with its deadline.
     mode : MessageMode
         How messages are sent.
-    largest_shard : int
-        The most elements of any shard, which bounds the memory to receive into.
+    received : ndarray of float32
+        The caller's, to receive into: `receive_elements` of them for the largest of all shards.
     """
 
-    def __init__(self, comm: MPI.Intracomm, waiter: Waiter, mode: MessageMode, largest_shard: int) -> None:
+    def __init__(self, comm: MPI.Intracomm, waiter: Waiter, mode: MessageMode, received: np.ndarray) -> None:
         self._rank, self._size = comm.rank, comm.size
         self._channel = Channel(comm, waiter, mode)
         # Every rank starts with another peer, so that no rank gets the messages of all others at once.
         self._peers = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
         self._window = message_elements(comm.size)
-        self._received = np.empty(receive_elements(comm.size, largest_shard), np.float32)
+        self._received = received
         self._queue: deque[_Transfer] = deque()
         self._first = 0
         self._parts: list[np.ndarray] = []

@@ -6,12 +6,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpcpipe.memory.layout import Extent, Memory, new_memory
 from hpcpipe.model.layer import Arrays, Microbatch
+from hpcpipe.pipeline.buffers import Key, RankLayout
 from hpcpipe.pipeline.pool import Pool
 from hpcpipe.pipeline.stage import Stage, Stash
 from hpcpipe.pipeline.transport import Transport
 from hpcpipe.schedule.action import Action, Kind, Schedule
-from hpcpipe.schedule.buffers import count_buffers
+
+ACTIVATIONS = "activations"
+"""What the memory of executors is counted under."""
 
 
 def _nothing(*_: int) -> None:
@@ -46,9 +50,6 @@ class Work:
     poll: Callable[[], None] = _nothing
 
 
-Key = tuple[int, int]
-
-
 class Executor:
     """Walks the list of one rank.
 
@@ -64,15 +65,26 @@ class Executor:
         Carries the messages.
     work : Work
         Gives microbatches and gradient buffers.
+    memory : Memory, optional
+        What its stages compute on, at least what `hpcpipe.pipeline.buffers.RankLayout` plans; the caller's, which may
+        give it to other executors that do not run at the same time. Without it the executor makes its own.
 
     Attributes
     ----------
     run_s : float
         Seconds that the last `run` took, updates left out.
+    memory : Memory
+        What its stages compute on.
     """
 
     def __init__(
-        self, schedule: Schedule, rank: int, stages: Mapping[int, Stage], transport: Transport, work: Work
+        self,
+        schedule: Schedule,
+        rank: int,
+        stages: Mapping[int, Stage],
+        transport: Transport,
+        work: Work,
+        memory: Memory | None = None,
     ) -> None:
         self._schedule = schedule
         self._actions = schedule.actions[rank]
@@ -84,20 +96,23 @@ class Executor:
         self.run_s = 0.0
         self._start_s = 0.0
         self._is_timed = False
-        counts = count_buffers(schedule, rank)
-        stage = next(iter(stages.values()))
-        # Inputs, outputs and gradients have one shape, so a stage's output can become the next one's input as it is.
-        self._streams = Pool(stage.new_stream, counts.streams)
-        self._unused = stage.new_stream()
-        self._stashes = {index: Pool(held.new_stash, counts.stashes) for index, held in stages.items()}
-        self._upstreams = {index: Pool(held.new_upstream, counts.upstreams) for index, held in stages.items()}
-        has_whole_backward = any(action.kind is Kind.B for action in self._actions)
-        self._shared = {index: held.new_shared_upstream() for index, held in stages.items() if has_whole_backward}
+        layout = RankLayout(schedule, rank, {index: stage.shape for index, stage in stages.items()})
+        offsets, extent = layout.place()
+        self.memory = new_memory(extent, ACTIVATIONS) if memory is None else memory
+        assert self.memory.holds(extent)
+        streams = layout.streams.cut(self.memory)
+        self._streams = Pool(streams.values())
+        # Stands for the input of the embedding and the output of the head, which nobody reads or writes.
+        self._unused = streams[0].view()
+        for index, stage in stages.items():
+            stage.bind(layout.stages[index], self.memory.at(layout.working_at))
+        self._shared = {index: stage.shared_upstream() for index, stage in stages.items()}
+        self._stashes: dict[Key, Stash] = {}
+        self._upstreams: dict[Key, list[Arrays]] = {}
+        self._find_stashes(offsets)
         self._x: dict[Key, np.ndarray] = {}
         self._out: dict[Key, np.ndarray] = {}
         self._d: dict[Key, np.ndarray] = {}
-        self._stash: dict[Key, Stash] = {}
-        self._upstream: dict[Key, list[Arrays]] = {}
         self._leaving: list[tuple[Action, np.ndarray]] = []
         self._handlers: dict[Kind, Callable[[Action], None]] = {
             Kind.F: self._forward,
@@ -111,6 +126,21 @@ class Executor:
             Kind.REDUCE: lambda action: work.reduce(action.stage),
             Kind.STEP: self._step,
         }
+
+    def _find_stashes(self, offsets: Mapping[tuple[Key, bool], Extent]) -> None:
+        """Give each (stage, microbatch) its part of the memory; those at one place share what describes it."""
+        stashes: dict[tuple[int, Extent], Stash] = {}
+        upstreams: dict[tuple[int, Extent], list[Arrays]] = {}
+        for (key, is_upstream), offset in offsets.items():
+            stage, place = self._stages[key[0]], (key[0], offset)
+            if is_upstream and place not in upstreams:
+                upstreams[place] = stage.upstream_in(self.memory.at(offset))
+            elif not is_upstream and place not in stashes:
+                stashes[place] = stage.stash_in(self.memory.at(offset))
+            if is_upstream:
+                self._upstreams[key] = upstreams[place]
+            else:
+                self._stashes[key] = stashes[place]
 
     def run(self) -> None:
         """Walk the whole list once; on return no message is under way."""
@@ -147,12 +177,11 @@ class Executor:
             self._x[key] = self._out.pop((action.stage - 1, action.microbatch))
         is_last = action.stage + 1 == self._schedule.num_stages
         out = self._unused if is_last else self._take()
-        stash = self._stash[key] = self._stashes[action.stage].take()
-        stage.forward(microbatch, self._x[key], out, stash, self._poll)
+        stage.forward(microbatch, self._x[key], out, self._stashes[key], self._poll)
         if not is_last:
             self._out[key] = out
         if self._is_forward_only:
-            self._work.finished(*key, microbatch, self._stash[key])
+            self._work.finished(*key, microbatch, self._stashes[key])
             self._release(key)
 
     def _backward(self, action: Action) -> None:
@@ -161,29 +190,29 @@ class Executor:
             microbatch,
             self._x[key],
             d,
-            self._stash[key],
+            self._stashes[key],
             self._shared[action.stage],
             self._work.gradients(*key),
             self._poll,
         )
         self._leave_backward(key, d)
-        self._work.finished(*key, microbatch, self._stash[key])
+        self._work.finished(*key, microbatch, self._stashes[key])
         self._release(key)
 
     def _backward_input(self, action: Action) -> None:
         key, d, microbatch = self._enter_backward(action)
-        upstream = self._upstream[key] = self._upstreams[action.stage].take()
-        self._stages[action.stage].backward_input(microbatch, self._x[key], d, self._stash[key], upstream, self._poll)
+        self._stages[action.stage].backward_input(
+            microbatch, self._x[key], d, self._stashes[key], self._upstreams[key], self._poll
+        )
         self._leave_backward(key, d)
 
     def _backward_weight(self, action: Action) -> None:
         key = (action.stage, action.microbatch)
-        microbatch, upstream = self._work.load(action.microbatch), self._upstream.pop(key)
+        microbatch = self._work.load(action.microbatch)
         self._stages[action.stage].backward_weight(
-            microbatch, self._x[key], self._stash[key], upstream, self._work.gradients(*key), self._poll
+            microbatch, self._x[key], self._stashes[key], self._upstreams[key], self._work.gradients(*key), self._poll
         )
-        self._upstreams[action.stage].give_back(upstream)
-        self._work.finished(*key, microbatch, self._stash[key])
+        self._work.finished(*key, microbatch, self._stashes[key])
         self._release(key)
 
     def _enter_backward(self, action: Action) -> tuple[Key, np.ndarray, Microbatch]:
@@ -240,8 +269,7 @@ class Executor:
         self._streams.give_back(buffer)
 
     def _release(self, key: Key) -> None:
-        """Give back what a microbatch held on a stage."""
-        self._stashes[key[0]].give_back(self._stash.pop(key))
+        """Give back the stream that a microbatch held on a stage."""
         x = self._x.pop(key)
         if x is not self._unused:
             self._streams.give_back(x)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 
 from hpcpipe.kernels.panels import pack_columns, pack_rows, panel_elements
-from hpcpipe.memory.arena import new_arrays
+from hpcpipe.memory.layout import new_arrays
 from hpcpipe.model.layer import Layer
 from hpcpipe.model.tensors import BufferSpec, TensorSpec
 
@@ -52,7 +52,7 @@ class PackedWeights:
     def __init__(self, layers: Sequence[Layer], weights: Mapping[str, np.ndarray]) -> None:
         self._weights = weights
         self._tensors = packed_tensors(layers, weights.keys())
-        self.arrays = new_arrays(panel_specs(self._tensors))
+        self.arrays = new_arrays(panel_specs(self._tensors), "packed weights")
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors

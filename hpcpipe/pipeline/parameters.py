@@ -45,7 +45,7 @@ class Parameters:
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layout = layout_of(layers)
-        self.weights = Arena({tensor.name: tensor.shape for tensor in self.layout.stored})
+        self.weights = Arena({tensor.name: tensor.shape for tensor in self.layout.stored}, "weights")
         self.packed = PackedWeights(layers, self.weights.arrays)
 
     def weights_of(self, layer: Layer) -> dict[str, np.ndarray]:
@@ -59,4 +59,4 @@ class Parameters:
 
     def new_gradients(self) -> Arena:
         """Return zeroed memory for the gradient of every use of a tensor, under global names."""
-        return Arena({tensor.name: tensor.shape for tensor in self.layout.used})
+        return Arena({tensor.name: tensor.shape for tensor in self.layout.used}, "gradients")

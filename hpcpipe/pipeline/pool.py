@@ -1,6 +1,6 @@
 """A fixed number of buffers that are handed out and given back."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -11,14 +11,12 @@ class Pool(Generic[T]):
 
     Parameters
     ----------
-    make : callable
-        Makes one buffer.
-    count : int
-        How many there are.
+    buffers : iterable
+        All of them.
     """
 
-    def __init__(self, make: Callable[[], T], count: int) -> None:
-        self._free = [make() for _ in range(count)]
+    def __init__(self, buffers: Iterable[T]) -> None:
+        self._free = list(buffers)
 
     def __len__(self) -> int:
         return len(self._free)

@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hpcpipe.kernels.threads import Team
-from hpcpipe.memory.arena import bytes_of, cut_block, new_arrays, new_block
-from hpcpipe.model.layer import ALONE, Arrays, Buffers, Layer, Microbatch, Poll
-from hpcpipe.model.tensors import BufferShapes
+from hpcpipe.kernels.threads import ALONE, Team
+from hpcpipe.memory.layout import Memory, new_arrays, new_memory
+from hpcpipe.model.layer import Arrays, Buffers, Layer, Microbatch, Poll
+from hpcpipe.model.tensors import f32
+from hpcpipe.pipeline.buffers import StageLayout, StageShape, Working
 from hpcpipe.pipeline.parameters import Parameters
+
+_MEMORY = "activations"
 
 
 @dataclass
@@ -21,7 +24,7 @@ class Stash:
     streams : list of ndarray
         The residual stream between the layers of the stage, one less than there are layers.
     layers : list of mapping
-        Each layer's stash; a single shared one for all microbatches where activations are recomputed.
+        Each layer's stash; what is computed again in the backward is the same memory for all microbatches.
     """
 
     streams: list[np.ndarray]
@@ -39,10 +42,15 @@ class Stage:
         The weights of exactly these layers.
     batch, context, width : int
         Samples per microbatch, tokens per sample, size of the residual stream.
-    recompute : bool
-        Keep only the residual streams and compute the rest again in the backward.
+    recompute : str
+        ``full``: keep only the residual streams and compute the rest again in the backward; ``none``: keep everything.
     team : Team
         The threads that share its products.
+
+    Attributes
+    ----------
+    shape : StageShape
+        What decides how much memory it computes on.
     """
 
     def __init__(
@@ -52,41 +60,73 @@ class Stage:
         batch: int,
         context: int,
         width: int,
-        recompute: bool = False,
+        recompute: str = "none",
         team: Team = ALONE,
     ) -> None:
         self.layers = tuple(layers)
-        self.batch = batch
-        self.stream_shape = (batch * context, width)
-        self.recompute = recompute
+        self.shape = StageShape(self.layers, batch, (batch * context, width), recompute, team.num_threads)
         self._team = team
         self._weights = [parameters.weights_of(layer) for layer in layers]
-        self._scratch = _shared([layer.scratch_shapes(batch, team.num_threads) for layer in layers])
-        self._shared_stashes = self._layer_stashes() if recompute else None
-        self._unused = np.empty(self.stream_shape, np.float32)
+        self._repeats_forward = recompute == "full"
+        self._bound: tuple[StageLayout, Working] | None = None
+
+    def bind(self, layout: StageLayout, memory: Memory) -> None:
+        """Compute on planned memory; without this the stage makes what it needs, for any schedule with a backward.
+
+        Parameters
+        ----------
+        layout : StageLayout
+            Of this stage's shape.
+        memory : Memory
+            The caller's: holds ``working_extent``, and is this stage's only while an action runs.
+        """
+        self._bound = layout, layout.cut_working(memory)
+
+    def stash_in(self, memory: Memory) -> Stash:
+        """Return the stash of one microbatch in the caller's memory, which holds the layout's ``kept_extent``."""
+        layout, working = self._binding
+        return Stash(*layout.cut_kept(memory, working))
+
+    def upstream_in(self, memory: Memory) -> list[Arrays]:
+        """Return what the input gradient leaves for the weight gradient, of each layer, for one microbatch.
+
+        It lies in the caller's memory, which holds the layout's ``upstream_extent``.
+        """
+        return self._binding[0].cut_upstream(memory)
+
+    def shared_upstream(self) -> list[Arrays]:
+        """Return the same for `backward`, which does both halves layer by layer: each layer uses the same memory."""
+        return self._working.upstream
 
     def new_stream(self) -> np.ndarray:
-        """Return a new residual stream, as it crosses a stage boundary: float32 (batch * context, width)."""
-        return np.zeros(self.stream_shape, np.float32)
+        """Return a residual stream of its own, as it crosses a stage boundary: float32 (batch * context, width)."""
+        return new_arrays({"stream": f32(*self.shape.stream_shape)}, _MEMORY)["stream"]
 
     def new_stash(self) -> Stash:
-        """Return a new stash for one microbatch."""
-        streams = [self.new_stream() for _ in self.layers[1:]]
-        return Stash(streams, self._shared_stashes or self._layer_stashes())
+        """Return a stash for one microbatch, in memory of its own."""
+        return self.stash_in(new_memory(self._binding[0].kept_extent, _MEMORY))
 
     def new_upstream(self) -> list[Arrays]:
-        """Return what the input gradient leaves for the weight gradient, of all layers, for one microbatch."""
-        return [new_arrays(layer.upstream_shapes(self.batch)) for layer in self.layers]
+        """Return what `upstream_in` does, in memory of its own."""
+        return self.upstream_in(new_memory(self._binding[0].upstream_extent, _MEMORY))
 
-    def new_shared_upstream(self) -> list[Arrays]:
-        """Return the same for schedules whose B does both halves layer by layer: each layer reuses the memory."""
-        return _shared([layer.upstream_shapes(self.batch) for layer in self.layers])
+    @property
+    def _working(self) -> Working:
+        return self._binding[1]
+
+    @property
+    def _binding(self) -> tuple[StageLayout, Working]:
+        if self._bound is None:
+            layout = StageLayout(self.shape, is_forward_only=False, has_whole_backward=True)
+            self.bind(layout, new_memory(layout.working_extent, _MEMORY))
+        assert self._bound is not None
+        return self._bound
 
     def forward(self, microbatch: Microbatch, x: np.ndarray, out: np.ndarray, stash: Stash, poll: Poll) -> None:
         """Run all layers; `x` is not read by a stage with the embedding, `out` not written by one with the head."""
         streams = [x, *stash.streams, out]
         for index, layer in enumerate(self.layers):
-            buffers = Buffers(stash.layers[index], {}, self._scratch[index], self._team)
+            buffers = Buffers(stash.layers[index], {}, self._working.scratch[index], self._team)
             layer.forward(self._weights[index], microbatch, streams[index], streams[index + 1], buffers, poll)
 
     def backward(
@@ -122,7 +162,7 @@ class Stage:
     ) -> None:
         """Run the weight half that `backward_input` left."""
         for index in reversed(range(len(self.layers))):
-            if self.recompute:
+            if self._repeats_forward:
                 self._forward_again(index, microbatch, x, stash, poll)
             self._weight_half(index, microbatch, x, stash, upstream, gradients, poll)
 
@@ -136,9 +176,9 @@ class Stage:
         upstream: list[Arrays],
         poll: Poll,
     ) -> None:
-        if self.recompute:
+        if self._repeats_forward:
             self._forward_again(index, microbatch, x, stash, poll)
-        buffers = Buffers(stash.layers[index], upstream[index], self._scratch[index], self._team)
+        buffers = Buffers(stash.layers[index], upstream[index], self._working.scratch[index], self._team)
         x = stash.streams[index - 1] if index else x
         self.layers[index].backward_input(self._weights[index], microbatch, x, d, buffers, poll)
 
@@ -152,30 +192,11 @@ class Stage:
         gradients: Sequence[Arrays],
         poll: Poll,
     ) -> None:
-        buffers = Buffers(stash.layers[index], upstream[index], self._scratch[index], self._team)
+        buffers = Buffers(stash.layers[index], upstream[index], self._working.scratch[index], self._team)
         x = stash.streams[index - 1] if index else x
         self.layers[index].backward_weight(gradients[index], microbatch, x, buffers, poll)
 
     def _forward_again(self, index: int, microbatch: Microbatch, x: np.ndarray, stash: Stash, poll: Poll) -> None:
-        buffers = Buffers(stash.layers[index], {}, self._scratch[index], self._team)
+        buffers = Buffers(stash.layers[index], {}, self._working.scratch[index], self._team)
         x = stash.streams[index - 1] if index else x
-        self.layers[index].forward(self._weights[index], microbatch, x, self._unused, buffers, poll)
-
-    def _layer_stashes(self) -> list[Arrays]:
-        return [new_arrays(layer.stash_shapes(self.batch)) for layer in self.layers]
-
-
-def _shared(shapes: Sequence[BufferShapes]) -> list[Arrays]:
-    """Return the buffers of layers that use them one after the other: those with one dtype and slack share memory.
-
-    What is read after the end of a bfloat16 buffer then never holds the bits of anything else.
-    """
-    shared: list[dict[str, np.ndarray]] = [{} for _ in shapes]
-    for has_slack in (False, True):
-        chosen = [
-            {name: spec for name, spec in layer.items() if (spec.slack_bytes > 0) is has_slack} for layer in shapes
-        ]
-        block = new_block(max(map(bytes_of, chosen), default=0))
-        for arrays, specs in zip(shared, chosen, strict=True):
-            arrays |= cut_block(block, specs)
-    return [*shared]
+        self.layers[index].forward(self._weights[index], microbatch, x, self._working.streams[0], buffers, poll)

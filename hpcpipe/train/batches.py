@@ -5,7 +5,9 @@ from collections.abc import Callable
 import numpy as np
 
 from hpcpipe.data.windows import HeldOut, Samples
+from hpcpipe.memory.layout import new_arrays
 from hpcpipe.model.layer import Microbatch
+from hpcpipe.model.tensors import BufferSpec, f32, i32
 
 
 def empty_microbatch(batch: int, context: int) -> Microbatch:
@@ -15,6 +17,11 @@ def empty_microbatch(batch: int, context: int) -> Microbatch:
         targets=np.full((batch, context), -1, np.int32),
         coefficients=np.zeros((batch, context), np.float32),
     )
+
+
+def batch_specs(batch: int, context: int) -> dict[str, BufferSpec]:
+    """Return the buffers of one microbatch of `TrainingBatches`."""
+    return {"tokens": i32(batch, context), "targets": i32(batch, context), "coefficients": f32(batch, context)}
 
 
 class TrainingBatches:
@@ -37,9 +44,11 @@ class TrainingBatches:
         self._num_microbatches = num_microbatches
         self._local = local
         self._batch = batch
-        self._microbatches = [empty_microbatch(batch, context) for _ in local]
-        for microbatch in self._microbatches:
-            microbatch.coefficients.fill(1.0)
+        self._microbatches = []
+        for _ in local:
+            arrays = new_arrays(batch_specs(batch, context), "batches")
+            arrays["coefficients"].fill(1.0)
+            self._microbatches.append(Microbatch(arrays["tokens"], arrays["targets"], arrays["coefficients"]))
 
     def load(self, step: int) -> None:
         """Read the samples of a step, counted from 1."""

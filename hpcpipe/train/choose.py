@@ -10,7 +10,7 @@ from hpcpipe.model.partition import balance_blocks
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.schedule.build import GENERATORS, build
 from hpcpipe.train.costs import MeasuredCosts
-from hpcpipe.train.footprint import predict_bytes
+from hpcpipe.train.footprint import predict_largest_bytes
 from hpcpipe.train.predict import Prediction, predict_step, stage_costs
 
 AUTO = "auto"
@@ -218,5 +218,5 @@ def _predicted(
     config: Config, schedule: Schedule, measured: MeasuredCosts, cores: float | None, stash: int = 0
 ) -> Candidate:
     prediction = predict_step(config, schedule, measured, cores)
-    memory_bytes = max(predict_bytes(config, schedule, rank) for rank in range(schedule.num_ranks))
+    memory_bytes = predict_largest_bytes(config, schedule)
     return Candidate(config, schedule, prediction, memory_bytes, stash)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcpipe.data.windows import HeldOut
+from hpcpipe.memory.layout import Memory
 from hpcpipe.model.layer import Arrays, Microbatch
 from hpcpipe.mpi.channel import Channel, MessageMode
 from hpcpipe.mpi.collectives import gather_rows
@@ -55,9 +56,19 @@ class Evaluator:
         The held-out samples.
     mode : MessageMode
         How messages are sent.
+    memory : Memory, optional
+        What it computes on while it runs, as the trainer does otherwise; without it the evaluator has its own.
     """
 
-    def __init__(self, state: State, grid: Grid, waiter: Waiter, held_out: HeldOut, mode: MessageMode) -> None:
+    def __init__(
+        self,
+        state: State,
+        grid: Grid,
+        waiter: Waiter,
+        held_out: HeldOut,
+        mode: MessageMode,
+        memory: Memory | None = None,
+    ) -> None:
         batch, context = state.config.parallel.microbatch_size, state.config.model.context
         self._grid = grid
         self._waiter = waiter
@@ -75,6 +86,7 @@ class Evaluator:
             state.compute_stages(batch),
             messages,
             Work(load=load, gradients=no_gradients, finished=self._finished),
+            memory,
         )
 
     def run(self) -> Evaluation:

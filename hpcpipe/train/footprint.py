@@ -1,55 +1,71 @@
-"""How much memory a rank will take, from the shapes of its layers and the lives of its buffers."""
+"""How much memory a rank takes, known before any is allocated: the same plans that it is then allocated by."""
 
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import UsageError
-from hpcpipe.kernels.reduce import BLOCK
-from hpcpipe.model.embedding import TOKEN_TABLE
-from hpcpipe.model.gpt2 import build_layers
-from hpcpipe.model.head import TABLE
-from hpcpipe.model.layer import Layer
-from hpcpipe.model.partition import partition
-from hpcpipe.model.tensors import BufferShapes
-from hpcpipe.mpi.shards import receive_elements
-from hpcpipe.optim.shards import Bucket
+from hpcpipe.memory.arena import offsets_of
+from hpcpipe.memory.block import allocated_bytes
+from hpcpipe.memory.layout import Layout
+from hpcpipe.model.tensors import BufferSpec, TensorSpec
+from hpcpipe.mpi.collectives import gather_rows
+from hpcpipe.mpi.grid import Grid
+from hpcpipe.mpi.wait import Waiter
+from hpcpipe.optim.adamw import MOMENTS
+from hpcpipe.pipeline.buffers import RankLayout, StageShape
+from hpcpipe.pipeline.packed import packed_tensors, panel_specs
 from hpcpipe.schedule.action import Schedule
-from hpcpipe.schedule.buffers import count_buffers
-from hpcpipe.train.state import cut_stage
+from hpcpipe.train.batches import batch_specs
+from hpcpipe.train.gradients import tied_spec, tied_uses
+from hpcpipe.train.norm import square_specs
+from hpcpipe.train.rows import row_specs
+from hpcpipe.train.stage_tensors import StageTensors, model_of, tensors_of_rank
+from hpcpipe.train.state import moment_shapes
+from hpcpipe.train.step import received_spec
 
 _FLOAT_BYTES = 4
 
 
-def predict_bytes(config: Config, schedule: Schedule, stage_rank: int) -> int:
-    """Return the bytes of weights, moments, gradients and activations of a pipeline rank, before any is allocated.
+def predict_memory(config: Config, schedule: Schedule, stage_rank: int, replica: int = 0) -> dict[str, int]:
+    """Return the bytes that a rank allocates to train, by what they are for.
+
+    Beside them are small things: views of these blocks, the program itself, and what MPI keeps.
 
     Parameters
     ----------
     config : Config
         Resolved, with the vocabulary.
     schedule : Schedule
-        Lowered; its lists say how many stashes live at once.
+        Lowered; its lists say how long everything lives.
     stage_rank : int
         The rank's place in its pipeline.
+    replica : int
+        The replica that it belongs to.
     """
-    model, parallel = config.model, config.parallel
-    layers = build_layers(model, config.train.precision)
-    cut = parallel.partition
-    ranges = partition(layers, schedule.num_stages, None if isinstance(cut, str) else cut)
-    counts = count_buffers(schedule, stage_rank)
-    stream = parallel.microbatch_size * model.context * model.width
-    total = (counts.streams + 2) * stream
-    buckets: list[Bucket] = []
-    for stage in schedule.stages_of(stage_rank):
-        held = layers[ranges[stage].start : ranges[stage].stop]
-        # Weights, and a gradient for every lane that is open at once.
-        num_copies = 1 + (parallel.lanes // parallel.data).bit_length()
-        total += num_copies * sum(tensor.size for layer in held for tensor in layer.tensors)
-        total += _activations(held, parallel.microbatch_size, stream, counts.stashes, counts.upstreams, config)
-        buckets += cut_stage(layers, held, parallel.data)
-    return (total + _shards(buckets, parallel.data, (TOKEN_TABLE, TABLE) if model.tied else ())) * _FLOAT_BYTES
+    rank = _Rank(config, schedule, stage_rank)
+    activations = Counter({"activations": sum(rank.activations.place()[1])})
+    return dict(rank.fixed() + rank.of_replica(replica) + activations)
+
+
+def predict_bytes(config: Config, schedule: Schedule, stage_rank: int, replica: int = 0) -> int:
+    """Return the sum of `predict_memory`; parameters as there."""
+    return sum(predict_memory(config, schedule, stage_rank, replica).values())
+
+
+def predict_largest_bytes(config: Config, schedule: Schedule) -> int:
+    """Return the most bytes that any rank allocates, of all pipeline ranks and replicas."""
+    ranks = [_Rank(config, schedule, stage_rank) for stage_rank in range(schedule.num_ranks)]
+    # Placing takes time, so that it is left out where a lower bound shows that another rank needs more.
+    bounds = {rank: rank.total(rank.activations.least_bytes()) for rank in ranks}
+    largest = 0
+    for rank, bound in sorted(bounds.items(), key=lambda item: -item[1]):
+        if bound <= largest:
+            break
+        largest = max(largest, rank.total(sum(rank.activations.place()[1])))
+    return largest
 
 
 def require_memory(needed_bytes: int, num_local_ranks: int, available_bytes: int) -> None:
@@ -63,39 +79,96 @@ def require_memory(needed_bytes: int, num_local_ranks: int, available_bytes: int
     total = needed_bytes * num_local_ranks
     if total > available_bytes:
         raise UsageError(
-            f"the model and its activations need about {_gib(needed_bytes)} per rank, {_gib(total)} for the"
+            f"the model and its activations need {_gib(needed_bytes)} per rank, {_gib(total)} for the"
             f" {num_local_ranks} ranks of a node, and {_gib(available_bytes)} are free: use more nodes, set"
             ' train.recompute = "full", or lower parallel.microbatch_size, model.context, model.width or model.layers'
         )
 
 
-def _shards(buckets: list[Bucket], num_replicas: int, tied: Collection[str]) -> int:
-    """Return the elements that the replica with the largest shards keeps for the update."""
-    shards = [[bucket.cuts[shard + 1] - bucket.cuts[shard] for bucket in buckets] for shard in range(num_replicas)]
-    largest = max(map(max, shards))
-    # Two moments, the sums of squares of blocks as float64 of all replicas, what sums over replicas receive into.
-    moments = 2 * max(map(sum, shards))
-    sums = 2 * sum(map(sum, shards)) // BLOCK
-    uses = [max(np.diff(bucket.cuts)) for bucket in buckets if bucket.tensors[0].name in tied]
-    # The other end's use of a tied tensor, where that is on another rank.
-    received = int(uses[0]) if len(uses) == 1 else 0
-    return moments + sums + receive_elements(num_replicas, largest) + received
+def describe_predicted(predicted: Mapping[str, int]) -> str:
+    """Say what rank 0 is going to allocate, and for what."""
+    parts = ", ".join(
+        f"{name} {_mib(num_bytes)}" for name, num_bytes in sorted(predicted.items(), key=lambda item: -item[1])
+    )
+    return f"{sum(predicted.values()):,} bytes predicted on rank 0: {parts}"
 
 
-def _activations(
-    layers: tuple[Layer, ...], batch: int, stream: int, num_stashes: int, num_upstreams: int, config: Config
-) -> int:
-    stashes = [_elements(layer.stash_shapes(batch)) for layer in layers]
-    upstreams = [_elements(layer.upstream_shapes(batch)) for layer in layers]
-    scratch = max(_elements(layer.scratch_shapes(batch)) for layer in layers)
-    streams = (num_stashes + 1) * (len(layers) - 1) * stream
-    kept = sum(stashes) if config.train.recompute == "full" else num_stashes * sum(stashes)
-    # An evaluation keeps one stash more, and a schedule with whole backwards shares one upstream between layers.
-    return streams + kept + sum(stashes) + num_upstreams * sum(upstreams) + max(upstreams) + scratch
+def describe_allocated(grid: Grid, waiter: Waiter, predicted: Mapping[str, int]) -> str:
+    """Say what was allocated on rank 0 and on all ranks under the names of a prediction; all ranks call it."""
+    allocated = allocated_bytes()
+    total = sum(allocated.get(name, 0) for name in predicted)
+    rows = gather_rows(grid.comm, waiter, np.array([total], np.int64))[:, 0].tolist()
+    others = f", {_mib(sum(rows))} on all {grid.comm.size} ranks" if grid.comm.size > 1 else ""
+    return f"{rows[0]:,} bytes allocated on rank 0{others}"
 
 
-def _elements(shapes: BufferShapes) -> int:
-    return sum(spec.reserved_bytes for spec in shapes.values()) // _FLOAT_BYTES
+class _Rank:
+    """The plans of one pipeline rank."""
+
+    def __init__(self, config: Config, schedule: Schedule, stage_rank: int) -> None:
+        parallel, model = config.parallel, config.model
+        self._config = config
+        self._schedule = schedule
+        self._model = model_of(config)
+        self._stages = tensors_of_rank(config, self._model, schedule.stage_to_rank, stage_rank)
+        stream = (parallel.microbatch_size * model.context, model.width)
+        shapes = {
+            index: StageShape(
+                stage.layers, parallel.microbatch_size, stream, config.train.recompute, max(1, parallel.threads)
+            )
+            for index, stage in self._stages.items()
+        }
+        self.activations = RankLayout(schedule, stage_rank, shapes)
+
+    def fixed(self) -> Counter[str]:
+        """Return what all replicas have alike, without activations."""
+        parallel, model, stages = self._config.parallel, self._config.model, self._stages.values()
+        num_microbatches = parallel.microbatches // parallel.data
+        sums = (
+            {"received": received_spec(self._stages, parallel.data)},
+            square_specs(self._stages, parallel.data),
+            row_specs(self._model, num_microbatches, parallel.pipeline * parallel.data),
+        )
+        # A lane is open for every digit of a binary counter of lanes.
+        num_gradients = (parallel.lanes // parallel.data).bit_length()
+        return Counter(
+            {
+                "weights": sum(_arena_bytes(stage.layout.stored) for stage in stages),
+                "packed weights": sum(_packed_bytes(stage) for stage in stages),
+                "gradients": num_gradients * sum(_arena_bytes(stage.layout.used) for stage in stages),
+                "batches": num_microbatches * _bytes(batch_specs(parallel.microbatch_size, model.context)),
+                "sums": sum(map(_bytes, sums)),
+            }
+        )
+
+    def of_replica(self, replica: int) -> Counter[str]:
+        """Return what depends on the shard."""
+        moments = sum(offsets_of(moment_shapes(stage, replica))[1] for stage in self._stages.values())
+        last_stage = self._schedule.num_stages - 1
+        received = tied_spec(tied_uses(self._stages, last_stage, self._config.model.tied, replica))
+        return Counter({"moments": len(MOMENTS) * moments * _FLOAT_BYTES, "sums": _bytes({"received": received})})
+
+    def total(self, activation_bytes: int) -> int:
+        """Return all bytes of the replica that needs most."""
+        shards = [self.of_replica(replica).total() for replica in range(self._config.parallel.data)]
+        return self.fixed().total() + max(shards) + activation_bytes
+
+
+def _arena_bytes(tensors: Sequence[TensorSpec]) -> int:
+    return offsets_of({tensor.name: tensor.shape for tensor in tensors})[1] * _FLOAT_BYTES
+
+
+def _packed_bytes(stage: StageTensors) -> int:
+    stored = {tensor.name for tensor in stage.layout.stored}
+    return _bytes(panel_specs(packed_tensors(stage.layers, stored)))
+
+
+def _bytes(specs: Mapping[str, BufferSpec]) -> int:
+    return sum(Layout(specs).extent)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def _gib(num_bytes: int) -> str:

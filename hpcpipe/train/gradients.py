@@ -1,17 +1,21 @@
 """The gradients of a rank's stages over one step, and the two uses of a tied tensor."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from hpcpipe.kernels.reduce import add_into
 from hpcpipe.memory.arena import Arena
+from hpcpipe.memory.layout import new_arrays
 from hpcpipe.model.embedding import TOKEN_TABLE
 from hpcpipe.model.head import TABLE as HEAD_TABLE
 from hpcpipe.model.layer import Arrays
+from hpcpipe.model.tensors import BufferSpec, f32
 from hpcpipe.mpi.channel import Channel
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.optim.lanes import GradientLanes
+from hpcpipe.optim.shards import Slice
+from hpcpipe.train.stage_tensors import StageTensors
 from hpcpipe.train.state import State
 
 
@@ -68,6 +72,38 @@ class Gradients:
         self.totals.clear()
 
 
+def tied_uses(
+    stages: Mapping[int, StageTensors], last_stage: int, is_tied: bool, replica: int
+) -> list[tuple[int, Slice]]:
+    """Return a replica's parts of the tied table's uses on a rank: none, one, or the embedding's and the head's.
+
+    Parameters
+    ----------
+    stages : mapping of int to StageTensors
+        The rank's stages.
+    last_stage : int
+        The stage with the head.
+    is_tied : bool
+        Whether the model has a tied table.
+    replica : int
+        Whose shard.
+    """
+    both = ((0, TOKEN_TABLE), (last_stage, HEAD_TABLE)) if is_tied else ()
+    return [
+        (index, held)
+        for index, name in both
+        if index in stages
+        for bucket in stages[index].buckets
+        for held in bucket.slices(replica)
+        if held.name == name
+    ]
+
+
+def tied_spec(uses: Sequence[tuple[int, Slice]]) -> BufferSpec:
+    """Return what the other end's use is received into, where that is on another rank."""
+    return f32(uses[0][1].size if len(uses) == 1 else 0)
+
+
 class TiedGradients:
     """The sum of the gradients of a tied tensor's two uses, the embedding's first and then the head's.
 
@@ -90,17 +126,8 @@ class TiedGradients:
         self._channel = channel
         self._holders = (state.placement[0], state.placement[-1])
         self._peer = self._holders[1] if grid.stage_rank == self._holders[0] else self._holders[0]
-        both = ((0, TOKEN_TABLE), (state.last_stage, HEAD_TABLE)) if state.config.model.tied else ()
-        self._uses = [
-            (index, held)
-            for index, name in both
-            if index in state.stages
-            for bucket in state.stages[index].buckets
-            for held in bucket.slices(grid.replica)
-            if held.name == name
-        ]
-        meets = len(self._uses) == 1
-        self._received = np.empty(self._uses[0][1].size if meets else 0, np.float32)
+        self._uses = tied_uses(state.stages, state.last_stage, state.config.model.tied, grid.replica)
+        self._received = new_arrays({"received": tied_spec(self._uses)}, "sums")["received"]
 
     def add_uses(self, totals: Mapping[int, Arena]) -> None:
         """Give both holders the sum of this replica's shard, in place.

@@ -92,13 +92,13 @@ class _ProfiledStage:
         parameters = self._parameters = Parameters(layers)
         for tensor in parameters.layout.stored:
             fill_initial(tensor, config.run.seed, parameters.weights.arrays[tensor.name])
-        recompute = config.train.recompute == "full"
-        self._again = ("forward",) if recompute else ()
+        recompute = config.train.recompute
+        self._again = ("forward",) if recompute == "full" else ()
         size = parallel.microbatch_size, model.context
         stage = self._stage = Stage(layers, parameters, *size, model.width, recompute)
         self._x, self._d = stage.new_stream(), stage.new_stream()
         self._stashes = [stage.new_stash() for _ in range(_IN_TURN)]
-        self._upstream, self._shared = stage.new_upstream(), stage.new_shared_upstream()
+        self._upstream, self._shared = stage.new_upstream(), stage.shared_upstream()
         self._gradients = parameters.new_gradients()
         self._of_layers = [
             {tensor.name.removeprefix(layer.prefix): self._gradients.arrays[tensor.name] for tensor in layer.tensors}

@@ -18,6 +18,7 @@ from hpcpipe.data.windows import HeldOut, Samples
 from hpcpipe.errors import DiskError, ExitCode, UsageError
 from hpcpipe.kernels import warm
 from hpcpipe.kernels.threads import Team
+from hpcpipe.memory.block import huge_pages
 from hpcpipe.model.gpt2 import count_parameters
 from hpcpipe.mpi import runtime
 from hpcpipe.mpi.agree import together
@@ -33,7 +34,7 @@ from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.evaluate import Evaluator
 from hpcpipe.train.finish import show_compression, show_sample
-from hpcpipe.train.footprint import predict_bytes, require_memory
+from hpcpipe.train.footprint import describe_allocated, describe_predicted, predict_memory, require_memory
 from hpcpipe.train.leave import leaving_together
 from hpcpipe.train.lock import RunLock
 from hpcpipe.train.loop import Loop
@@ -179,7 +180,10 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
         samples, config.parallel.microbatches, local, config.parallel.microbatch_size, config.model.context
     )
     trainer = Trainer(state, session.schedule, grid, waiter, batches, session.mode)
-    evaluator = Evaluator(state, grid, waiter, held_out, session.mode) if held_out.num_samples else None
+    evaluator = None
+    if held_out.num_samples:
+        evaluator = Evaluator(state, grid, waiter, held_out, session.mode, trainer.memory)
+    console.say(f"memory: {describe_allocated(grid, waiter, needed)}; {huge_pages()}")
     peak_flops = measure_peak_flops(grid, waiter)
     loop = Loop(session, state, trainer, evaluator, stop, identity_of(tokens), peak_flops)
     waiter.timeout_s = config.parallel.timeout_s
@@ -203,10 +207,10 @@ def _describe_cores(session: Session) -> str:
     return f"{binding.describe()}{where}{unused}"
 
 
-def _require_memory(session: Session, config: Config) -> int:
+def _require_memory(session: Session, config: Config) -> dict[str, int]:
     """Refuse a run that does not fit, and return the bytes that this rank needs."""
-    needed = predict_bytes(config, session.schedule, session.grid.stage_rank)
-    require_memory(needed, session.num_local_ranks, memory().available_bytes)
+    needed = predict_memory(config, session.schedule, session.grid.stage_rank, session.grid.replica)
+    require_memory(sum(needed.values()), session.num_local_ranks, memory().available_bytes)
     return needed
 
 
@@ -239,7 +243,7 @@ def _prepare(session: Session) -> Path:
     return path
 
 
-def _introduce(session: Session, state: State, tokens: TokenFile, plan: Plan, needed_bytes: int) -> None:
+def _introduce(session: Session, state: State, tokens: TokenFile, plan: Plan, needed: dict[str, int]) -> None:
     """Say what is about to run."""
     config, grid, say = session.config, session.grid, session.console.say
     model, parallel = config.model, config.parallel
@@ -256,5 +260,5 @@ def _introduce(session: Session, state: State, tokens: TokenFile, plan: Plan, ne
     say(f"data: {tokens.path}, {tokens.num_tokens:,} tokens in {tokens.num_documents:,} documents of {tokens.source}")
     say(f"kernels: {warm.describe()}")
     say(f"cores: {_describe_cores(session)}")
-    say(f"memory: about {needed_bytes / 2**20:,.0f} MiB for weights, optimizer and activations of rank 0")
+    say(f"memory: {describe_predicted(needed)}")
     say(f"run directory: {session.directory.path}")

@@ -2,68 +2,45 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 
 from hpcpipe.config.schema import Config, TrainConfig
-from hpcpipe.kernels.threads import Team
-from hpcpipe.memory.arena import Arena, offsets_of
-from hpcpipe.model.gpt2 import build_layers
+from hpcpipe.kernels.threads import ALONE, Team
+from hpcpipe.memory.arena import Arena
 from hpcpipe.model.initial import fill_initial
-from hpcpipe.model.layer import ALONE, Layer
-from hpcpipe.model.partition import partition
-from hpcpipe.model.tensors import TensorSpec
+from hpcpipe.model.layer import Layer
 from hpcpipe.optim.adamw import MOMENTS, AdamW
-from hpcpipe.optim.shards import Bucket, Slice, cut_into_buckets
-from hpcpipe.pipeline.parameters import Parameters, layout_of
+from hpcpipe.optim.shards import Bucket, Slice
+from hpcpipe.pipeline.parameters import Parameters
 from hpcpipe.pipeline.stage import Stage
+from hpcpipe.train.stage_tensors import StageTensors, model_of, tensors_of_rank
 from hpcpipe.train.stopwatch import TimedLayer
 
 WEIGHT = "weight"
 
 
 @dataclass(frozen=True)
-class StageState:
+class StageState(StageTensors):
     """What is trained of one stage.
 
     Attributes
     ----------
-    layers : tuple of Layer
-        The stage's layers.
     parameters : Parameters
-        Their weights, whole on every replica.
-    buckets : tuple of Bucket
-        Every use of a tensor, cut into one shard per replica.
+        The weights of its layers, whole on every replica.
     shard : int
         The replica, which updates this shard.
     moments : dict of str to Arena
         AdamW's two moments of the shard's part of each stored tensor, under the tensor's name.
     """
 
-    layers: tuple[Layer, ...]
     parameters: Parameters
-    buckets: tuple[Bucket, ...]
     shard: int
     moments: dict[str, Arena]
 
-    def stored_buckets(self) -> Iterator[Bucket]:
-        """Yield the buckets that have weights here: not the use of a tied tensor whose original is on the stage."""
-        return (bucket for bucket in self.buckets if bucket.tensors[0].name in self.parameters.weights.offsets)
-
     def stored_slices(self) -> Iterator[Slice]:
         """Yield the parts of tensors that this replica updates."""
-        return chain.from_iterable(bucket.slices(self.shard) for bucket in self.stored_buckets())
-
-    def owned(self) -> Iterator[TensorSpec]:
-        """Yield the tensors that this stage writes to checkpoints: not the copy of a tied one."""
-        return (tensor for tensor in self.parameters.layout.stored if not tensor.tied_to)
-
-    def owned_slices(self, shard: int) -> Iterator[Slice]:
-        """Yield a replica's parts of the tensors that this stage writes to checkpoints."""
-        owned = {tensor.name for tensor in self.owned()}
-        slices = chain.from_iterable(bucket.slices(shard) for bucket in self.buckets)
-        return (held for held in slices if held.name in owned)
+        return self.updated_slices(self.shard)
 
     def arrays(self, held: Slice) -> Iterator[tuple[str, np.ndarray]]:
         """Yield weight and moments of a part that this replica updates, with the names of their kinds."""
@@ -127,7 +104,7 @@ class State:
         for stage in self.stages.values():
             stage.parameters.packed.pack()
 
-    def compute_stages(self, batch: int, recompute: bool = False, timed: bool = False) -> dict[int, Stage]:
+    def compute_stages(self, batch: int, recompute: str = "none", timed: bool = False) -> dict[int, Stage]:
         """Return this rank's stages ready for microbatches of `batch` samples, with stopwatches if `timed`."""
         model = self.config.model
         stages = {}
@@ -155,37 +132,20 @@ def build_state(
     team : Team
         The threads of the rank.
     """
-    model = build_layers(config.model, config.train.precision)
-    cut = config.parallel.partition
-    ranges = partition(model, len(placement), None if isinstance(cut, str) else cut)
-    held = [stage for stage, rank in enumerate(placement) if rank == stage_rank]
+    model = model_of(config)
     stages = {
-        stage: _build_stage(model, model[ranges[stage].start : ranges[stage].stop], config.parallel.data, replica)
-        for stage in held
+        index: _build_stage(tensors, replica)
+        for index, tensors in tensors_of_rank(config, model, placement, stage_rank).items()
     }
     return State(config, model, tuple(placement), stages, team=team)
 
 
-def cut_stage(model: Sequence[Layer], held: Sequence[Layer], num_replicas: int) -> tuple[Bucket, ...]:
-    """Return the buckets of a stage; both uses of a tied tensor are cut alike, on whatever stages they are.
-
-    Parameters
-    ----------
-    model, held : sequence of Layer
-        All layers, and those of the stage.
-    num_replicas : int
-        Shards per bucket.
-    """
-    tied = {
-        name for layer in model for tensor in layer.tensors if tensor.tied_to for name in (tensor.name, tensor.tied_to)
-    }
-    used = layout_of(held).used
-    offsets, _ = offsets_of({tensor.name: tensor.shape for tensor in used})
-    return cut_into_buckets(used, offsets, tied, num_replicas)
+def moment_shapes(tensors: StageTensors, replica: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of one moment of a replica's shard of a stage."""
+    return {held.name: (held.size,) for held in tensors.updated_slices(replica)}
 
 
-def _build_stage(model: Sequence[Layer], layers: tuple[Layer, ...], num_replicas: int, replica: int) -> StageState:
-    stage = StageState(layers, Parameters(layers), cut_stage(model, layers, num_replicas), replica, {})
-    shapes = {held.name: (held.size,) for held in stage.stored_slices()}
-    stage.moments.update({moment: Arena(shapes) for moment in MOMENTS})
-    return stage
+def _build_stage(tensors: StageTensors, replica: int) -> StageState:
+    shapes = moment_shapes(tensors, replica)
+    moments = {moment: Arena(shapes, "moments") for moment in MOMENTS}
+    return StageState(tensors.layers, tensors.buckets, Parameters(tensors.layers), replica, moments)

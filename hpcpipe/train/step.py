@@ -2,15 +2,16 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-import numpy as np
+from itertools import pairwise
 
 from hpcpipe.errors import NumericsError
+from hpcpipe.memory.layout import Memory, new_arrays
+from hpcpipe.model.tensors import BufferSpec, f32
 from hpcpipe.mpi.channel import Channel, MessageMode
-from hpcpipe.mpi.collectives import gather_rows
 from hpcpipe.mpi.grid import Grid
-from hpcpipe.mpi.shards import ShardExchange
+from hpcpipe.mpi.shards import ShardExchange, receive_elements
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.optim.clip import clip_factor, global_norm
 from hpcpipe.optim.learning_rate import learning_rate
@@ -20,6 +21,8 @@ from hpcpipe.schedule.action import Schedule
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.gradients import Gradients, TiedGradients
 from hpcpipe.train.norm import SquareSums
+from hpcpipe.train.rows import StepRows
+from hpcpipe.train.stage_tensors import StageTensors
 from hpcpipe.train.state import State
 
 
@@ -104,11 +107,16 @@ class Trainer:
         self._num_microbatches = schedule.num_microbatches
         assert all(stage.shard == grid.replica for stage in state.stages.values())
         self._gradients = Gradients(state, config.parallel.lanes // grid.data, schedule.num_microbatches)
-        buckets = [bucket for stage in state.stages.values() for bucket in stage.buckets]
-        largest = max(int(np.diff(bucket.cuts).max()) for bucket in buckets)
-        self._exchange = ShardExchange(grid.data_comm, waiter, mode, largest)
+        received = new_arrays({"received": received_spec(state.stages, grid.data)}, "sums")["received"]
+        self._exchange = ShardExchange(grid.data_comm, waiter, mode, received)
         waiter.background = self._exchange.advance
-        self._optimizers = {index: stage.optimizers(config.train) for index, stage in state.stages.items()}
+        self._updates = {
+            index: [
+                (bucket, list(bucket.slices(grid.replica)), optimizer)
+                for bucket, optimizer in stage.optimizers(config.train)
+            ]
+            for index, stage in state.stages.items()
+        }
         self._step, self._stop = 0, False
         self._agreed: _Agreed | None = None
         work = Work(
@@ -120,8 +128,7 @@ class Trainer:
             poll=self._exchange.advance,
         )
         channel = Channel(grid.pipeline_comm, waiter, mode)
-        recompute = config.train.recompute == "full"
-        self.stages = state.compute_stages(config.parallel.microbatch_size, recompute, timed=True)
+        self.stages = state.compute_stages(config.parallel.microbatch_size, config.train.recompute, timed=True)
         self._executor = Executor(
             schedule,
             grid.stage_rank,
@@ -130,9 +137,13 @@ class Trainer:
             work,
         )
         self._tied = TiedGradients(state, grid, channel)
-        self._squares = SquareSums(state, grid, waiter)
-        # Every rank sends one row per step, so its parts have the same place and length on all ranks.
-        self._order = {tensor.name: i for i, tensor in enumerate(t for layer in state.model for t in layer.tensors)}
+        self._squares = SquareSums(state.stages, grid, waiter)
+        self._rows = StepRows(state.model, schedule.num_microbatches, grid, waiter)
+
+    @property
+    def memory(self) -> Memory:
+        """What its stages compute on; between steps it can be used for other things."""
+        return self._executor.memory
 
     def run(self, step: int, stop: bool) -> StepResult:
         """Run one step.
@@ -178,8 +189,7 @@ class Trainer:
         """Update this replica's shard of a stage, and start to share it."""
         agreed, total = self._agree_once(), self._gradients.totals[stage]
         weights = self._state.stages[stage].parameters.weights
-        for bucket, optimizer in self._optimizers[stage]:
-            held = list(bucket.slices(self._grid.replica))
+        for bucket, held, optimizer in self._updates[stage]:
             optimizer.update(
                 {part.name: part.of(weights.arrays) for part in held},
                 {part.name: part.of(total.arrays) for part in held},
@@ -200,8 +210,11 @@ class Trainer:
         bubble = self._waiter.waited_s / self._executor.run_s
         self._exchange.finish()
         self._tied.add_uses(self._gradients.totals)
-        rows = self._share(bubble)
-        loss, norm = self._loss(rows), self._norm(rows)
+        has_head = state.last_stage in state.stages
+        losses = [self._batches[index].loss for index in range(self._num_microbatches)] if has_head else ()
+        self._rows.share(self._stop, bubble, losses, self._squares.add(self._gradients.totals))
+        loss = self._rows.loss(state.placement[-1]) / state.tokens_per_step
+        norm = global_norm(self._rows.squares(), state.tokens_per_step)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             error = NumericsError(
                 f"step {self._step}: loss {loss}, gradient norm {norm}: nothing was updated; lower train.learning_rate"
@@ -211,30 +224,11 @@ class Trainer:
             raise error
         rate = learning_rate(train, self._step)
         scale = clip_factor(norm, train.clip) / state.tokens_per_step
-        return _Agreed(loss, norm, rate, scale, float(rows[:, 1].mean()), bool(rows[:, 0].any()))
+        return _Agreed(loss, norm, rate, scale, self._rows.bubble(), self._rows.stop())
 
-    def _share(self, bubble: float) -> np.ndarray:
-        """Give every rank the stop flags, waiting fractions, losses and sums of squares of all ranks."""
-        losses = np.zeros(self._num_microbatches)
-        if self._state.last_stage in self._state.stages:
-            losses[:] = [self._batches[index].loss for index in range(self._num_microbatches)]
-        squares = np.zeros(len(self._order))
-        for name, value in self._squares.add(self._gradients.totals).items():
-            squares[self._order[name]] = value
-        return gather_rows(self._grid.comm, self._waiter, np.concatenate(([self._stop, bubble], losses, squares)))
 
-    def _loss(self, rows: np.ndarray) -> float:
-        """Add the losses of all microbatches in their global order."""
-        grid, total = self._grid, 0.0
-        for replica in range(grid.data):
-            row = rows[grid.world_rank(replica, self._state.placement[-1])]
-            for value in row[2 : 2 + self._num_microbatches]:
-                total += float(value)
-        return total / self._state.tokens_per_step
-
-    def _norm(self, rows: np.ndarray) -> float:
-        """Add the squares of all tensors in layer order; every replica has the same."""
-        ranks = rows[[self._grid.world_rank(0, stage_rank) for stage_rank in range(self._grid.pipeline)]]
-        # Each tensor's sum comes from one rank and is zero on the others.
-        squares = ranks[:, 2 + self._num_microbatches :].sum(axis=0)
-        return global_norm([float(value) for value in squares], self._state.tokens_per_step)
+def received_spec(stages: Mapping[int, StageTensors], num_replicas: int) -> BufferSpec:
+    """Return what sums over replicas receive into."""
+    cuts = [bucket.cuts for stage in stages.values() for bucket in stage.buckets]
+    largest = max(last - first for bounds in cuts for first, last in pairwise(bounds))
+    return f32(receive_elements(num_replicas, largest))

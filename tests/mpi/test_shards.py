@@ -26,13 +26,17 @@ def parts_of(comm, number, size):
     return [np.random.default_rng([number, rank]).normal(size=size).astype(np.float32) for rank in range(comm.size)]
 
 
+def received(comm, largest_shard):
+    return np.empty(receive_elements(comm.size, largest_shard), np.float32)
+
+
 @pytest.mark.parametrize("mode", [MessageMode(), HARD], ids=["", "synchronous"])
 @pytest.mark.parametrize("window", [1, 7, 1 << 16])
 def test_sums_and_copies_have_the_bits_of_the_fixed_tree(comm, monkeypatch, mode, window):
     monkeypatch.setattr("hpcpipe.mpi.shards._SMALLEST_MESSAGE", window)
     monkeypatch.setattr("hpcpipe.mpi.shards._LARGEST_MESSAGE", window)
     sizes = [1, 2, 30, 31, 0, 17] if window < 7 or mode is HARD or MODE.max_delay_s else [1, 1000, 65_537, 0, 300]
-    exchange = ShardExchange(comm, Waiter(60.0), mode, max(sizes))
+    exchange = ShardExchange(comm, Waiter(60.0), mode, received(comm, max(sizes)))
     cuts = [cuts_of(size, comm.size, number) for number, size in enumerate(sizes)]
     arrays = [parts_of(comm, number, size)[comm.rank] for number, size in enumerate(sizes)]
     before = [array.copy() for array in arrays]
@@ -57,7 +61,7 @@ def test_transfers_move_while_ranks_compute_and_wait_for_others(comm):
     waiter = Waiter(60.0)
     size = 3 * message_elements(comm.size) * comm.size
     cuts = [size * rank // comm.size for rank in range(comm.size + 1)]
-    exchange = ShardExchange(comm, waiter, MessageMode(), size)
+    exchange = ShardExchange(comm, waiter, MessageMode(), received(comm, size))
     waiter.background = exchange.advance
     array = np.full(size, comm.rank + 1, np.float32)
     own = array[cuts[comm.rank] : cuts[comm.rank + 1]]
@@ -100,7 +104,7 @@ def test_what_is_waited_for_has_a_name(comm):
     array = np.zeros(1000, np.float32)
     cuts = [1000 * rank // comm.size for rank in range(comm.size + 1)]
     waiter = TellingWaiter()
-    exchange = ShardExchange(comm, waiter, MessageMode(synchronous=True), 1000)
+    exchange = ShardExchange(comm, waiter, MessageMode(synchronous=True), received(comm, 1000))
     if comm.rank == 0:
         time.sleep(0.3)
     exchange.reduce_scatter("REDUCE0", array, cuts)

@@ -11,7 +11,7 @@ from hpcpipe.mpi.wait import Waiter
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.session import build_schedule
 from hpcpipe.train.state import State, build_state
-from hpcpipe.train.step import Trainer
+from hpcpipe.train.step import StepResult, Trainer
 
 CLIP = 0.1
 """Below every gradient norm of these trainings."""
@@ -26,38 +26,60 @@ class CountedSamples:
             tokens[row], targets[row] = stream[:-1], stream[1:]
 
 
+class Training:
+    """A tiny model on some ranks, ready to train."""
+
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        pipeline: int,
+        data: int,
+        mode: MessageMode | None = None,
+        layers: int = 9,
+        tied: bool = True,
+        recompute: str = "none",
+        width: int = 12,
+        clip: float = CLIP,
+        steps: int = 10,
+        samples: object = None,
+        **parallel: object,
+    ) -> None:
+        config = Config(
+            model=ModelConfig(layers=layers, width=width, heads=3, context=6, vocab=11, tied=tied),
+            parallel=ParallelConfig(pipeline=pipeline, data=data, microbatch_size=2, **parallel),
+            train=TrainConfig(steps=steps, learning_rate=1e-2, warmup_steps=1, clip=clip, recompute=recompute),
+        )
+        config = resolve(config, comm.size)
+        self.schedule = build_schedule(config)
+        self.config = config = check_stages(config, self.schedule.num_stages)
+        self.grid, chosen = make_grid(comm, pipeline, data), config.parallel
+        self.state = build_state(config, self.schedule.stage_to_rank, self.grid.stage_rank, self.grid.replica)
+        self.state.fill_initial()
+        per_replica = chosen.microbatches // data
+        local = range(self.grid.replica * per_replica, (self.grid.replica + 1) * per_replica)
+        batches = TrainingBatches(samples or CountedSamples(), chosen.microbatches, local, 2, config.model.context)
+        self.trainer = Trainer(self.state, self.schedule, self.grid, Waiter(60.0), batches, mode or MessageMode())
+        self._step = 0
+
+    def run(self, steps: int) -> list[StepResult]:
+        """Train some more steps."""
+        first = self._step + 1
+        self._step += steps
+        return [self.trainer.run(step, stop=False) for step in range(first, self._step + 1)]
+
+    def close(self) -> None:
+        """Free the communicators; every rank calls it."""
+        self.grid.free()
+
+
 def train(
-    comm: MPI.Intracomm,
-    pipeline: int,
-    data: int,
-    steps: int,
-    mode: MessageMode | None = None,
-    layers: int = 9,
-    tied: bool = True,
-    recompute: str = "none",
-    width: int = 12,
-    clip: float = CLIP,
-    **parallel: object,
+    comm: MPI.Intracomm, pipeline: int, data: int, steps: int, mode: MessageMode | None = None, **choices: object
 ) -> tuple[list[tuple[float, float]], State]:
     """Return the loss and norm of each step, and this rank's state, after a few steps."""
-    config = Config(
-        model=ModelConfig(layers=layers, width=width, heads=3, context=6, vocab=11, tied=tied),
-        parallel=ParallelConfig(pipeline=pipeline, data=data, microbatch_size=2, **parallel),
-        train=TrainConfig(steps=steps, learning_rate=1e-2, warmup_steps=1, clip=clip, recompute=recompute),
-    )
-    config = resolve(config, comm.size)
-    schedule = build_schedule(config)
-    config = check_stages(config, schedule.num_stages)
-    grid, chosen = make_grid(comm, pipeline, data), config.parallel
-    state = build_state(config, schedule.stage_to_rank, grid.stage_rank, grid.replica)
-    state.fill_initial()
-    per_replica = chosen.microbatches // data
-    local = range(grid.replica * per_replica, (grid.replica + 1) * per_replica)
-    batches = TrainingBatches(CountedSamples(), chosen.microbatches, local, 2, config.model.context)
-    trainer = Trainer(state, schedule, grid, Waiter(60.0), batches, mode or MessageMode())
-    results = [trainer.run(step, stop=False) for step in range(1, steps + 1)]
-    grid.free()
-    return [(result.loss, result.grad_norm) for result in results], state
+    training = Training(comm, pipeline, data, mode, steps=steps, **choices)
+    results = training.run(steps)
+    training.close()
+    return [(result.loss, result.grad_norm) for result in results], training.state
 
 
 def owned_weights(state: State) -> dict[str, bytes]:

@@ -1,0 +1,103 @@
+"""The row that every rank sends once per step, so that all know what the step came to."""
+
+from collections.abc import Mapping, Sequence
+
+from hpcpipe.memory.layout import new_arrays
+from hpcpipe.model.layer import Layer
+from hpcpipe.model.tensors import BufferSpec, f64
+from hpcpipe.mpi.collectives import gather_rows
+from hpcpipe.mpi.grid import Grid
+from hpcpipe.mpi.wait import Waiter
+
+_STOP, _BUBBLE, _FIRST_LOSS = 0, 1, 2
+
+
+def row_specs(model: Sequence[Layer], num_microbatches: int, num_ranks: int) -> dict[str, BufferSpec]:
+    """Return what `StepRows` computes on: this rank's row, those of all ranks, and sums over ranks."""
+    num_tensors = sum(len(layer.tensors) for layer in model)
+    length = _FIRST_LOSS + num_microbatches + num_tensors
+    return {"row": f64(length), "rows": f64(num_ranks, length), "squares": f64(num_tensors)}
+
+
+class StepRows:
+    """Stop flag, part of the time that was waited, losses and sums of squares of every rank.
+
+    Every rank's row has the same parts at the same places, zero where another rank has the figure.
+
+    Parameters
+    ----------
+    model : sequence of Layer
+        All layers: the order of their tensors is that of the sums.
+    num_microbatches : int
+        Microbatches of one replica.
+    grid : Grid
+        This rank's place.
+    waiter : Waiter
+        Waits, with its deadline.
+    """
+
+    def __init__(self, model: Sequence[Layer], num_microbatches: int, grid: Grid, waiter: Waiter) -> None:
+        self._grid = grid
+        self._waiter = waiter
+        self._num_microbatches = num_microbatches
+        self._order = {tensor.name: i for i, tensor in enumerate(t for layer in model for t in layer.tensors)}
+        arrays = new_arrays(row_specs(model, num_microbatches, grid.comm.size), "sums")
+        self._row, self._rows, self._squares = arrays["row"], arrays["rows"], arrays["squares"]
+
+    def share(self, stop: bool, bubble: float, losses: Sequence[float], squares: Mapping[str, float]) -> None:
+        """Give every rank the figures of all ranks; all call it.
+
+        Parameters
+        ----------
+        stop : bool
+            Whether this rank was asked to stop.
+        bubble : float
+            Part of the schedule's time that it waited.
+        losses : sequence of float
+            Of each microbatch, on ranks with the head; empty on the others.
+        squares : mapping of str to float
+            Sums of squares of the gradients of the tensors that it owns.
+
+        Raises
+        ------
+        RankError
+            If a rank does not answer in time.
+        """
+        row = self._row
+        row[_STOP], row[_BUBBLE] = stop, bubble
+        for index, loss in enumerate(losses, _FIRST_LOSS):
+            row[index] = loss
+        for name, value in squares.items():
+            row[_FIRST_LOSS + self._num_microbatches + self._order[name]] = value
+        gather_rows(self._grid.comm, self._waiter, row, out=self._rows)
+
+    def stop(self) -> bool:
+        """Return whether any rank was asked to stop."""
+        return any(self._column(_STOP))
+
+    def bubble(self) -> float:
+        """Return the part of the schedule's time that ranks waited, the mean over ranks."""
+        return sum(self._column(_BUBBLE)) / self._grid.comm.size
+
+    def loss(self, stage_rank: int) -> float:
+        """Return the sum of the losses of all microbatches in their global order; `stage_rank` holds the head."""
+        total = 0.0
+        for replica in range(self._grid.data):
+            row = self._rows[self._grid.world_rank(replica, stage_rank)]
+            for value in row[_FIRST_LOSS : _FIRST_LOSS + self._num_microbatches].tolist():
+                total += value
+        return total
+
+    def squares(self) -> list[float]:
+        """Return the sum of squares of each tensor in layer order; every replica has the same."""
+        first = _FIRST_LOSS + self._num_microbatches
+        self._squares.fill(0.0)
+        for stage_rank in range(self._grid.pipeline):
+            # Each tensor's sum comes from one rank and is zero on the others.
+            self._squares += self._rows[self._grid.world_rank(0, stage_rank), first:]
+        values: list[float] = self._squares.tolist()
+        return values
+
+    def _column(self, index: int) -> list[float]:
+        values: list[float] = self._rows[:, index].tolist()
+        return values
