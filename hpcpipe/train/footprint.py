@@ -22,7 +22,7 @@ from hpcpipe.train.batches import batch_specs
 from hpcpipe.train.gradients import tied_spec, tied_uses
 from hpcpipe.train.norm import square_specs
 from hpcpipe.train.rows import row_specs
-from hpcpipe.train.stage_tensors import StageTensors, model_of, tensors_of_rank
+from hpcpipe.train.stage_tensors import ModelPlan, StageTensors, plan_model
 from hpcpipe.train.state import moment_shapes
 from hpcpipe.train.step import received_spec
 
@@ -45,7 +45,7 @@ def predict_memory(config: Config, schedule: Schedule, stage_rank: int, replica:
     replica : int
         The replica that it belongs to.
     """
-    rank = _Rank(config, schedule, stage_rank)
+    rank = _Rank(config, plan_model(config, schedule.num_stages), schedule, stage_rank)
     activations = Counter({"activations": sum(rank.activations.place()[1])})
     return dict(rank.fixed() + rank.of_replica(replica) + activations)
 
@@ -57,7 +57,8 @@ def predict_bytes(config: Config, schedule: Schedule, stage_rank: int, replica: 
 
 def predict_largest_bytes(config: Config, schedule: Schedule) -> int:
     """Return the most bytes that any rank allocates, of all pipeline ranks and replicas."""
-    ranks = [_Rank(config, schedule, stage_rank) for stage_rank in range(schedule.num_ranks)]
+    plan = plan_model(config, schedule.num_stages)
+    ranks = [_Rank(config, plan, schedule, stage_rank) for stage_rank in range(schedule.num_ranks)]
     # Placing takes time, so that it is left out where a lower bound shows that another rank needs more.
     bounds = {rank: rank.total(rank.activations.least_bytes()) for rank in ranks}
     largest = 0
@@ -105,12 +106,12 @@ def describe_allocated(grid: Grid, waiter: Waiter, predicted: Mapping[str, int])
 class _Rank:
     """The plans of one pipeline rank."""
 
-    def __init__(self, config: Config, schedule: Schedule, stage_rank: int) -> None:
+    def __init__(self, config: Config, plan: ModelPlan, schedule: Schedule, stage_rank: int) -> None:
         parallel, model = config.parallel, config.model
         self._config = config
         self._schedule = schedule
-        self._model = model_of(config)
-        self._stages = tensors_of_rank(config, self._model, schedule.stage_to_rank, stage_rank)
+        self._model = plan.layers
+        self._stages = {index: plan.stage(index) for index in schedule.stages_of(stage_rank)}
         stream = (parallel.microbatch_size * model.context, model.width)
         shapes = {
             index: StageShape(

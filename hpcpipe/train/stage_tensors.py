@@ -55,37 +55,35 @@ class StageTensors:
         return (held for held in slices if held.name in owned)
 
 
-def model_of(config: Config) -> tuple[Layer, ...]:
-    """Return all layers of a run's model; `config` is resolved, with the vocabulary."""
-    return build_layers(config.model, config.train.precision)
+@dataclass(frozen=True)
+class ModelPlan:
+    """The layers of a run's model, and how they are cut.
 
-
-def tensors_of_rank(
-    config: Config, model: Sequence[Layer], placement: Sequence[int], stage_rank: int
-) -> dict[int, StageTensors]:
-    """Return the stages of a pipeline rank.
-
-    Parameters
+    Attributes
     ----------
-    config : Config
-        Resolved, with the vocabulary.
-    model : sequence of Layer
-        All layers.
-    placement : sequence of int
-        The pipeline rank of each stage.
-    stage_rank : int
-        The rank's place in its pipeline.
+    layers : tuple of Layer
+        All of them.
+    ranges : list of range
+        Indices into `layers` of each stage.
+    num_replicas : int
+        Shards of every stage.
     """
-    cut = config.parallel.partition
-    ranges = partition(model, len(placement), None if isinstance(cut, str) else cut)
-    held = {
-        stage: tuple(model[ranges[stage].start : ranges[stage].stop])
-        for stage, rank in enumerate(placement)
-        if rank == stage_rank
-    }
-    return {
-        stage: StageTensors(layers, cut_stage(model, layers, config.parallel.data)) for stage, layers in held.items()
-    }
+
+    layers: tuple[Layer, ...]
+    ranges: list[range]
+    num_replicas: int
+
+    def stage(self, index: int) -> StageTensors:
+        """Return a stage."""
+        held = self.layers[self.ranges[index].start : self.ranges[index].stop]
+        return StageTensors(held, cut_stage(self.layers, held, self.num_replicas))
+
+
+def plan_model(config: Config, num_stages: int) -> ModelPlan:
+    """Return the layers of a run and their cut into stages; `config` is resolved, with the vocabulary."""
+    layers, cut = build_layers(config.model, config.train.precision), config.parallel.partition
+    ranges = partition(layers, num_stages, None if isinstance(cut, str) else cut)
+    return ModelPlan(layers, ranges, config.parallel.data)
 
 
 def cut_stage(model: Sequence[Layer], held: Sequence[Layer], num_replicas: int) -> tuple[Bucket, ...]:

@@ -14,7 +14,7 @@ from hpcpipe.optim.adamw import MOMENTS, AdamW
 from hpcpipe.optim.shards import Bucket, Slice
 from hpcpipe.pipeline.parameters import Parameters
 from hpcpipe.pipeline.stage import Stage
-from hpcpipe.train.stage_tensors import StageTensors, model_of, tensors_of_rank
+from hpcpipe.train.stage_tensors import StageTensors, plan_model
 from hpcpipe.train.stopwatch import TimedLayer
 
 WEIGHT = "weight"
@@ -132,12 +132,11 @@ def build_state(
     team : Team
         The threads of the rank.
     """
-    model = model_of(config)
+    plan = plan_model(config, len(placement))
     stages = {
-        index: _build_stage(tensors, replica)
-        for index, tensors in tensors_of_rank(config, model, placement, stage_rank).items()
+        index: _build_stage(plan.stage(index), replica) for index, rank in enumerate(placement) if rank == stage_rank
     }
-    return State(config, model, tuple(placement), stages, team=team)
+    return State(config, plan.layers, tuple(placement), stages, team=team)
 
 
 def moment_shapes(tensors: StageTensors, replica: int) -> dict[str, tuple[int, ...]]:
