@@ -19,6 +19,8 @@ COLUMNS = 32
 DEPTH = 32
 PANEL_STEP_BYTES = DEPTH * COLUMNS * 2
 """What a panel holds for each 32 of k."""
+ROW_BYTES = COLUMNS * 4
+"""Of a row of a block."""
 BLOCK_ELEMENTS = ROWS * COLUMNS
 
 _LANES = 16

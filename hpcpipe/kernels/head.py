@@ -244,12 +244,13 @@ def cross_entropy_backward_bf16(
     lse : float32 array, shape [R]
         What the forward stored.
     gradient : uint16 array, shape [R, P]
-        Overwritten in the rows ``first`` to ``last`` and the columns to V; the others are left as they are. May be
-        ``logits``.
+        Overwritten in the rows ``first`` to ``last``: columns to V, and the others to the next multiple of 32 with
+        zero, for products read them. May be ``logits``.
     first, last : int
         Rows; threads may share them in any way.
     """
     for row in range(first, last):
+        gradient[row, vocab : (vocab + COLUMNS - 1) // COLUMNS * COLUMNS] = 0
         line, target = logits[row, :vocab], gradient[row, :vocab]
         coefficient = coefficients[row]
         if coefficient == 0:

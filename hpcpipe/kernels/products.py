@@ -17,12 +17,14 @@ from hpcpipe.kernels.block import (
     COLUMNS,
     DEPTH,
     PANEL_STEP_BYTES,
+    ROW_BYTES,
     ROWS,
     begin_blocks,
     end_blocks,
     multiply_block,
     new_block,
 )
+from hpcpipe.kernels.ends import add_row, bias_row, gelu_row, gelu_slope_row, residual_row, round_row
 from hpcpipe.kernels.gelu import gelu, gelu_slope
 from hpcpipe.kernels.jit import kernel
 from hpcpipe.kernels.panels import transpose
@@ -45,7 +47,30 @@ def _finish(
     end: int, block: Floats, row: int, rows: int, column: int, bias: Floats, other: BFloats, out: BFloats
 ) -> None:
     """Round a block to bfloat16, with what comes before."""
-    width = min(COLUMNS, out.shape[1] - column)
+    if column + COLUMNS > out.shape[1]:
+        _finish_remainder(end, block, row, rows, column, bias, other, out)
+        return
+    shift = bias.ctypes.data + column * 4
+    for r in range(rows):
+        line = block.ctypes.data + r * ROW_BYTES
+        target = out.ctypes.data + (row + r) * out.strides[0] + column * 2
+        another = other.ctypes.data + (row + r) * other.strides[0] + column * 2
+        if end == _STORE:
+            round_row(line, target)
+        elif end == _BIAS:
+            bias_row(line, shift, target)
+        elif end == _GELU:
+            gelu_row(line, shift, target, another)
+        else:
+            gelu_slope_row(line, another, target)
+
+
+@kernel
+def _finish_remainder(
+    end: int, block: Floats, row: int, rows: int, column: int, bias: Floats, other: BFloats, out: BFloats
+) -> None:
+    """Do the same with the last columns, which are less than 32."""
+    width = out.shape[1] - column
     for r in range(rows):
         line, target = block[r, :width], out[row + r, column : column + width]
         if end == _STORE:
@@ -177,6 +202,14 @@ def linear_residual(a: BFloats, b: Panels, bias: Floats, residual: Floats, out: 
                 multiply_block(left, a.strides[0], panel, steps, block.ctypes.data, False)
                 shift = bias[column : column + width]
                 for r in range(min(ROWS, last - row)):
+                    if width == COLUMNS:
+                        residual_row(
+                            block.ctypes.data + r * ROW_BYTES,
+                            bias.ctypes.data + column * 4,
+                            residual.ctypes.data + (row + r) * residual.strides[0] + column * 4,
+                            out.ctypes.data + (row + r) * out.strides[0] + column * 4,
+                        )
+                        continue
                     line, stream = block[r, :width], residual[row + r, column : column + width]
                     target = out[row + r, column : column + width]
                     for c in range(width):
@@ -217,6 +250,10 @@ def weight_gradient(x: BFloats, d: Panels, gradient: Floats, scratch: BFloats, f
                 left = scratch.ctypes.data + (row - top) * scratch.strides[0]
                 multiply_block(left, scratch.strides[0], panel, steps, block.ctypes.data, False)
                 for r in range(min(ROWS, bottom - row)):
+                    if width == COLUMNS:
+                        start = gradient.ctypes.data + (row + r) * gradient.strides[0] + column * 4
+                        add_row(block.ctypes.data + r * ROW_BYTES, start)
+                        continue
                     line, target = block[r, :width], gradient[row + r, column : column + width]
                     for c in range(width):
                         target[c] += line[c]

@@ -1,4 +1,4 @@
-"""Plain-numpy twins of ``norm_bf16``, ``reduce_bf16`` and ``head``; in float64, and rounded to bfloat16 once."""
+"""Plain-numpy twins of norms, sums, head and attention on bfloat16; in float64, and rounded to bfloat16 once."""
 
 import numpy as np
 
@@ -100,4 +100,40 @@ def cross_entropy_backward_bf16(
     values, exact = widened(logits[rows, :vocab]), np.empty((last - first, vocab))
     weights = coefficients[rows].astype(np.float64)
     reference.cross_entropy_backward(values, targets[rows], weights, lse[rows].astype(np.float64), exact)
+    gradient[rows, : -(-vocab // 32) * 32] = 0
     gradient[rows, :vocab] = rounded(exact)
+
+
+def _copy_heads(source: BFloats, target: BFloats, shape: tuple[int, ...], first: int, last: int) -> None:
+    """Copy pairs (sample, head) of arrays whose shape is [batch, T, 1 or 3, heads, D]."""
+    for pair in range(first, last):
+        sample, head = divmod(pair, shape[3])
+        target.reshape(shape)[sample, :, :, head] = source.reshape(shape)[sample, :, :, head]
+
+
+def attention_forward_bf16(
+    qkv: BFloats, batch: int, heads: int, out: BFloats, lse: Floats, scratch: BFloats, first: int, last: int
+) -> None:
+    exact, exact_lse = np.empty(out.shape), np.empty(lse.shape)
+    reference.attention_forward(widened(qkv), batch, heads, exact, exact_lse, np.empty(0))
+    _copy_heads(rounded(exact), out, (*lse.shape[::2], 1, heads, out.shape[1] // heads), first, last)
+    lse.reshape(batch * heads, -1)[first:last] = exact_lse.reshape(batch * heads, -1)[first:last]
+
+
+def attention_backward_bf16(
+    dout: BFloats,
+    qkv: BFloats,
+    out: BFloats,
+    lse: Floats,
+    batch: int,
+    heads: int,
+    dqkv: BFloats,
+    scratch: BFloats,
+    first: int,
+    last: int,
+) -> None:
+    exact = np.empty(qkv.shape)
+    reference.attention_backward(
+        widened(dout), widened(qkv), widened(out), lse.astype(np.float64), batch, heads, exact, np.empty(0)
+    )
+    _copy_heads(rounded(exact), dqkv, (*lse.shape[::2], 3, heads, out.shape[1] // heads), first, last)
