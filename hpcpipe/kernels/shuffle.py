@@ -11,6 +11,19 @@ _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _LINE, _PAIRS, _WORDS = ir.VectorType(_I16, _LANES), ir.VectorType(_I16, 2 * _LANES), ir.VectorType(_I32, _LANES)
 
 
+def _transpose(builder: Any, rows: list[Any]) -> None:
+    """Transpose 16 vectors of 16 words in place."""
+    # Blocks of 1, 2, 4 and then 8 lanes change places across the diagonal.
+    for size in (1, 2, 4, 8):
+        upper = [lane if not lane & size else lane - size + _LANES for lane in range(_LANES)]
+        lower = [lane + size if not lane & size else lane + _LANES for lane in range(_LANES)]
+        for i in range(_LANES):
+            if not i & size:
+                first, second = rows[i], rows[i + size]
+                rows[i] = builder.shuffle_vector(first, second, ir.Constant(_WORDS, upper))
+                rows[i + size] = builder.shuffle_vector(first, second, ir.Constant(_WORDS, lower))
+
+
 @intrinsic
 def _transpose_pairs(typing: Any, source: Any, source_stride: Any, target: Any, target_stride: Any) -> Any:
     """Transpose 32 rows of 16 two-byte elements to 16 rows of 32; addresses and strides are in bytes."""
@@ -27,21 +40,32 @@ def _transpose_pairs(typing: Any, source: Any, source_stride: Any, target: Any, 
             builder.bitcast(builder.shuffle_vector(line(row), line(row + 1), zipped), _WORDS)
             for row in range(0, 2 * _LANES, 2)
         ]
-        # Blocks of 1, 2, 4 and then 8 lanes change places across the diagonal.
-        for size in (1, 2, 4, 8):
-            upper = [lane if not lane & size else lane - size + _LANES for lane in range(_LANES)]
-            lower = [lane + size if not lane & size else lane + _LANES for lane in range(_LANES)]
-            for i in range(_LANES):
-                if not i & size:
-                    first, second = rows[i], rows[i + size]
-                    rows[i] = builder.shuffle_vector(first, second, ir.Constant(_WORDS, upper))
-                    rows[i + size] = builder.shuffle_vector(first, second, ir.Constant(_WORDS, lower))
+        _transpose(builder, rows)
         for index, words in enumerate(rows):
             address = builder.add(target, builder.mul(target_stride, ir.Constant(_I64, index)))
             builder.store(words, builder.inttoptr(address, _WORDS.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64), emit
+
+
+@intrinsic
+def _transpose_words(typing: Any, source: Any, source_stride: Any, target: Any) -> Any:
+    """Transpose 16 rows of 32 two-byte elements to 16 lines of a panel, of which each has a pair of every row."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source, source_stride, target = arguments
+        rows = []
+        for row in range(_LANES):
+            address = builder.add(source, builder.mul(source_stride, ir.Constant(_I64, row)))
+            rows.append(builder.load(builder.inttoptr(address, _WORDS.as_pointer()), align=2))
+        _transpose(builder, rows)
+        for index, words in enumerate(rows):
+            address = builder.add(target, ir.Constant(_I64, index * 64))
+            builder.store(words, builder.inttoptr(address, _WORDS.as_pointer()), align=64)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), emit
 
 
 @intrinsic
@@ -70,4 +94,5 @@ def _zip_rows(typing: Any, source: Any, source_stride: Any, target: Any) -> Any:
 
 # Kernels call intrinsics without the argument that numba passes to them.
 transpose_pairs: Any = _transpose_pairs
+transpose_words: Any = _transpose_words
 zip_rows: Any = _zip_rows
