@@ -2,11 +2,14 @@
 
 import inspect
 import os
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from support import tile_emulator
 
 from hpcpipe.kernels import features, reference, reference_bf16
 from hpcpipe.kernels.attention_bf16 import attention_backward_bf16, attention_forward_bf16, attention_scratch_bf16
@@ -220,17 +223,20 @@ def test_one_token_attends_to_itself():
     assert np.abs(widened(dqkv[:, :256])).max() < 1e-5
 
 
+@pytest.mark.parametrize("large", [3e4, 1e6, 1e9])
 @pytest.mark.parametrize("size", [33, 64])
-def test_scores_beyond_what_float32_resolves_choose_one_key(size):
+def test_scores_beyond_what_float32_resolves_choose_one_key(size, large):
     qkv, dout = inputs("random", 70, size, 1, 1)
     wide = widened(qkv)
-    wide[:, :size], wide[:, size : 2 * size] = 1e9, 1e9 * 1.01 ** np.arange(70)[:, None]
+    wide[:, :size], wide[:, size : 2 * size] = large, large * 1.01 ** np.arange(70)[:, None]
     qkv[:] = rounded(wide)
     out, lse = attend(qkv, 1, 1)
     assert np.isfinite(lse).all()
     dqkv = attend_backward(dout, qkv, out, lse, 1, 1)
     assert np.isfinite(widened(out)).all()
     assert np.isfinite(widened(dqkv)).all()
+    # No probability is above 1.
+    assert (np.abs(widened(dqkv)[:, 2 * size :]) <= 1.01 * np.abs(widened(dout)).sum(axis=0)).all()
     keys = widened(qkv)[:, size]
     chosen = [i for i in range(70) if (keys[:i] < keys[i]).all()]
     assert len(chosen) > 30
@@ -260,9 +266,19 @@ def test_not_a_number_in_the_gradient_comes_out():
     assert np.isnan(dqkv[:41, 133]).all()
 
 
-def test_it_works_without_units_for_bfloat16():
-    environment = {**os.environ, features.VARIABLE: "vector"}
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "within_what_is_stated or cut", __file__]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout
-    assert "passed" in result.stdout
+@pytest.mark.parametrize("family", ["vector", "amx"])
+def test_other_families_of_kernels(family):
+    command = ["pytest", "-q", "-p", "no:faulthandler", "-k", "(stated and 70) or cut or later", __file__]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), features.VARIABLE: family}
+    if family == "amx":
+        if sys.platform != "linux" or platform.machine() != "x86_64":
+            pytest.skip("tiles are x86-64's")
+        if not tile_emulator.is_needed() and not features.request_tiles():
+            pytest.skip("the kernel grants no tiles")
+        command = ["support.tile_emulator", *command]
+        environment |= tile_emulator.environment()
+    result = subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=400
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
