@@ -32,7 +32,7 @@ def run(*words):
     """Run a module in an interpreter whose numba knows tiles."""
     command = [sys.executable, "-m", *map(str, words)]
     environment = {**os.environ, **tile_emulator.environment(), "PYTHONPATH": str(TESTS), features.VARIABLE: "amx"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
 
 def to_bfloat16(x):
