@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import struct
 from functools import lru_cache
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy.typing as npt
 
 _NUM_ROUNDS = 8
 _MAX_SIZE = 1 << 62
+_ALL_BITS = (1 << 64) - 1
 
 Indices = npt.NDArray[np.uint64]
 
@@ -94,20 +96,65 @@ def sample_index(seed: int, global_index: npt.ArrayLike, num_samples: int) -> In
     return samples
 
 
+def sample_at(seed: int, position: int, num_samples: int) -> int:
+    """Return what `sample_index` does, for one position, without any array.
+
+    Parameters
+    ----------
+    seed : int
+        The run's seed.
+    position : int
+        Samples read before this one since step 0, over all ranks.
+    num_samples : int
+        Samples in an epoch.
+
+    Raises
+    ------
+    ValueError
+        ``num_samples`` is not from 1 to 2**62, or the position is negative.
+    """
+    if not 1 <= num_samples <= _MAX_SIZE:
+        raise ValueError(f"num_samples must be from 1 to 2**62, not {num_samples}")
+    if position < 0:
+        raise ValueError(f"position {position} is negative")
+    epoch, value = divmod(position, num_samples)
+    keys = _round_keys(seed, epoch)
+    rows = math.isqrt(num_samples - 1) + 1
+    columns = -(-num_samples // rows)
+    while True:
+        left, right = divmod(value, columns)
+        for number, key in enumerate(keys):
+            if number % 2 == 0:
+                left = (left + _mix_one(right ^ key) % rows) % rows
+            else:
+                right = (right + _mix_one(left ^ key) % columns) % columns
+        value = left * columns + right
+        if value < num_samples:
+            return value
+
+
+def _mix_one(value: int) -> int:
+    """Mix the bits of one number as `_mix` does."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _ALL_BITS
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _ALL_BITS
+    return value ^ (value >> 31)
+
+
 @lru_cache(maxsize=64)
-def _round_keys(seed: int, epoch: int) -> tuple[np.uint64, ...]:
+def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
     """One 64-bit key per round: the 64 bytes of BLAKE2b of seed and epoch."""
     digest = hashlib.blake2b(f"hpcpipe sample order {seed} {epoch}".encode(), digest_size=8 * _NUM_ROUNDS).digest()
-    return tuple(np.frombuffer(digest, dtype="<u8").astype(np.uint64))
+    return struct.unpack(f"<{_NUM_ROUNDS}Q", digest)
 
 
-def _feistel(value: Indices, keys: tuple[np.uint64, ...], size: int) -> Indices:
+def _feistel(value: Indices, keys: tuple[int, ...], size: int) -> Indices:
     """Permute ``range(a * b)``, which is ``range(size)`` and fewer than ``sqrt(size) + 1`` more."""
     rows = math.isqrt(size - 1) + 1
     columns = -(-size // rows)
     a, b = np.uint64(rows), np.uint64(columns)
     left, right = np.divmod(value, b)
-    for number, round_key in enumerate(keys):
+    for number, key in enumerate(keys):
+        round_key = np.uint64(key)
         if number % 2 == 0:
             left = (left + _mix(right ^ round_key) % a) % a
         else:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hpcpipe.data.order import sample_index
+from hpcpipe.data.order import sample_at
 from hpcpipe.data.reader import TokenRange
 from hpcpipe.errors import UsageError
 
@@ -75,9 +75,8 @@ class Samples:
         """
         _check_buffer("tokens_out", tokens_out, (count, self._context), np.int32)
         _check_buffer("targets_out", targets_out, (count, self._context), np.int32)
-        positions = np.uint64(first_global_index) + np.arange(count, dtype=np.uint64)
-        for row, sample in enumerate(sample_index(self._seed, positions, self.num_samples).tolist()):
-            start = sample * self._context
+        for row in range(count):
+            start = sample_at(self._seed, first_global_index + row, self.num_samples) * self._context
             window = self._range.read(start, start + self._context + 1)
             tokens_out[row] = window[:-1]
             targets_out[row] = window[1:]

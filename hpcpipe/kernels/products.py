@@ -110,6 +110,12 @@ def _product(
 
 
 @kernel
+def _no_floats(words: Panels) -> Any:
+    """Return an empty float32 array for an end without a bias; a new one would be taken from the heap."""
+    return words[:0].view(np.float32)
+
+
+@kernel
 def product(a: BFloats, b: Panels, out: BFloats, first: int, last: int) -> None:
     """Compute ``out = a @ b``.
 
@@ -124,7 +130,7 @@ def product(a: BFloats, b: Panels, out: BFloats, first: int, last: int) -> None:
     first, last : int
         Rows.
     """
-    _product(_STORE, a, b, np.empty(0, np.float32), out, out, first, last)
+    _product(_STORE, a, b, _no_floats(b), out, out, first, last)
 
 
 @kernel
@@ -170,7 +176,7 @@ def product_gelu_backward(a: BFloats, b: Panels, hidden: BFloats, out: BFloats, 
     hidden : uint16 array, shape [R, N]
         Input of GELU in the forward.
     """
-    _product(_GELU_SLOPE, a, b, np.empty(0, np.float32), hidden, out, first, last)
+    _product(_GELU_SLOPE, a, b, _no_floats(b), hidden, out, first, last)
 
 
 @kernel
@@ -299,5 +305,5 @@ def product_deep(a: BFloats, b: Panels, depth: int, out: BFloats, scratch: Float
         for row in range(top, bottom, ROWS):
             for panel in range(num_panels):
                 block = sums[(row - top) // ROWS * num_panels + panel]
-                _finish(_STORE, block, row, min(ROWS, bottom - row), panel * COLUMNS, np.empty(0, np.float32), out, out)
+                _finish(_STORE, block, row, min(ROWS, bottom - row), panel * COLUMNS, _no_floats(b), out, out)
     end_blocks()

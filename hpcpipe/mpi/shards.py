@@ -6,6 +6,7 @@ The order of every addition is that of `tree_sum`, whatever the MPI library does
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from mpi4py import MPI
@@ -36,6 +37,11 @@ class _Transfer:
     array: np.ndarray
     cuts: Sequence[int]
     is_sum: bool
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest shard."""
+        return max(last - first for first, last in pairwise(self.cuts))
 
     def part(self, shard: int, first: int, size: int) -> np.ndarray:
         """Return a window of a shard, which may be empty."""
@@ -164,6 +170,6 @@ class ShardExchange:
             if total is not own:
                 own[...] = total
         self._first += self._window
-        if self._first >= max(np.diff(transfer.cuts)):
+        if self._first >= transfer.largest:
             self._queue.popleft()
             self._first = 0

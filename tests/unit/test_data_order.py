@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hpcpipe.data.order import permuted, sample_index
+from hpcpipe.data.order import permuted, sample_at, sample_index
 
 LARGE = 10**12 + 39
 
@@ -75,6 +75,21 @@ def test_shapes_are_kept():
 def test_indices_out_of_range_are_refused(index, size):
     with pytest.raises(ValueError, match=r"range|size"):
         permuted(0, 0, index, size)
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 37, 4099, 999_999_937, 2**62])
+def test_one_position_has_the_sample_that_it_has_among_many(num_samples):
+    positions = np.random.default_rng(num_samples).integers(0, 2**63, 50)
+    positions[:20] = np.arange(20)
+    positions[20:30] = num_samples - 1 + np.arange(10) % num_samples
+    expected = sample_index(6, positions, num_samples).tolist()
+    assert [sample_at(6, position, num_samples) for position in positions.tolist()] == expected
+
+
+@pytest.mark.parametrize(("position", "num_samples"), [(-1, 5), (0, 0), (0, 2**62 + 1)])
+def test_one_position_out_of_range_is_refused(position, num_samples):
+    with pytest.raises(ValueError, match=r"num_samples|position"):
+        sample_at(0, position, num_samples)
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 37])
