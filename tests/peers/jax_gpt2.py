@@ -109,7 +109,7 @@ class Trainer:
 
 def main() -> None:
     """Read the command line, and time some steps."""
-    args = parse(__doc__, microbatch=8)
+    args = parse(__doc__, microbatch=2)
     trainer = Trainer(args, initial_weights(args.task))
     measure(args, ["jax", "jaxlib", "optax"], {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}, trainer.step)
 

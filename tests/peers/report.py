@@ -101,7 +101,11 @@ def write(facts: dict[str, str], rounds: list[dict[str, dict]], args: argparse.N
     lines += _ratio_table(rounds, ran)
     lines += ["", "## Settings", ""]
     for name in ran:
-        settings = ", ".join(f"{key} {value}" for key, value in last[name]["settings"].items() if value != "")
+        settings = ", ".join(
+            f"{key} {value}"
+            for key, value in last[name]["settings"].items()
+            if value not in ("", None) and value is not False
+        )
         lines += [f"{name}: {settings}", "", f"    {last[name]['command']}", ""]
     return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
 

@@ -107,7 +107,7 @@ class Trainer:
 
 def main() -> None:
     """Read the command line, and time some steps."""
-    args = parse(__doc__, microbatch=8, compiles=True)
+    args = parse(__doc__, microbatch=2, compiles=True)
     if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
         print(json.dumps({"skipped": "torch.compile needs a C++ compiler such as g++, and there is none"}))
         return
