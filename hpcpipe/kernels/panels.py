@@ -13,9 +13,18 @@ from hpcpipe.kernels.arrays import BFloats, Floats, Panels
 from hpcpipe.kernels.bfloat16 import round_bits
 from hpcpipe.kernels.block import COLUMNS, DEPTH, PANEL_STEP_BYTES
 from hpcpipe.kernels.jit import kernel
-from hpcpipe.kernels.shuffle import transpose_pairs, zip_rows
+from hpcpipe.kernels.shuffle import (
+    finish_stores,
+    transpose_floats,
+    transpose_floats_past_caches,
+    transpose_pairs,
+    zip_floats,
+    zip_floats_past_caches,
+    zip_rows,
+)
 
 _STEP = PANEL_STEP_BYTES // 4  # pairs in 32 of k
+_LARGE = 1 << 19  # elements; the update of so many passes 16 MiB
 
 
 def panel_elements(depth: int, columns: int) -> int:
@@ -35,6 +44,12 @@ def _pair(low: Any, high: Any) -> Any:
 
 
 @kernel
+def _passes_caches(source: Floats, packed: Panels) -> bool:
+    """Tell whether panels are stored past the caches: those of a large matrix do not stay there until they are read."""
+    return source.size >= _LARGE and packed.ctypes.data % 64 == 0
+
+
+@kernel
 def pack_rows(source: Floats, packed: Panels, first_row: int, last_row: int) -> None:
     """Pack rows of a float32 matrix whose rows are k: the right operand of ``a @ source``.
 
@@ -47,30 +62,40 @@ def pack_rows(source: Floats, packed: Panels, first_row: int, last_row: int) -> 
     first_row, last_row : int
         Rows to pack; the first is a multiple of 32, and so is the last unless it is K. After row K comes zero.
     """
+    pack_tile(source, packed, first_row, last_row, 0, source.shape[1])
+
+
+@kernel
+def pack_tile(
+    source: Floats, packed: Panels, first_row: int, last_row: int, first_column: int, last_column: int
+) -> None:
+    """Pack some columns of rows as `pack_rows` does.
+
+    Parameters
+    ----------
+    source, packed, first_row, last_row
+        As in `pack_rows`.
+    first_column, last_column : int
+        Columns to pack; the first is a multiple of 32, and so is the last unless it is N. After column N comes zero.
+    """
     depth, columns = source.shape
     steps = (depth + DEPTH - 1) // DEPTH
-    words = packed.view(np.uint32)
+    words, past_caches = packed.view(np.uint32), _passes_caches(source, packed)
     for step in range(first_row // DEPTH, (last_row + DEPTH - 1) // DEPTH):
-        for half in range((columns + 15) // 16):
-            start = ((half // 2) * steps + step) * _STEP + (half % 2) * (_STEP // 2)
-            column = half * 16
-            width = min(16, columns - column)
-            for pair in range(DEPTH // 2):
-                line = words[start + pair * 16 : start + pair * 16 + 16]
-                row = step * DEPTH + 2 * pair
-                if width == 16 and row + 1 < depth:
-                    low, high = source[row, column : column + 16], source[row + 1, column : column + 16]
-                    for c in range(16):
-                        line[c] = _pair(round_bits(low[c]), round_bits(high[c]))
+        row = step * DEPTH
+        for column in range(first_column, last_column, COLUMNS):
+            start = ((column // COLUMNS) * steps + step) * _STEP
+            if row + DEPTH <= depth and column + COLUMNS <= columns:
+                address = source.ctypes.data + row * source.strides[0] + column * 4
+                target = packed.ctypes.data + start * 4
+                if past_caches:
+                    zip_floats_past_caches(address, source.strides[0], target)
                 else:
-                    line[:] = 0
-                    for c in range(width):
-                        low_bits = round_bits(source[row, column + c]) if row < depth else np.uint32(0)
-                        high_bits = round_bits(source[row + 1, column + c]) if row + 1 < depth else np.uint32(0)
-                        line[c] = _pair(low_bits, high_bits)
-        if (columns + 15) // 16 % 2:
-            start = (((columns + 15) // 16 // 2) * steps + step) * _STEP + _STEP // 2
-            words[start : start + _STEP // 2] = 0
+                    zip_floats(address, source.strides[0], target)
+            else:
+                _round_remainder(source, row, column, True, words[start : start + _STEP])
+    if past_caches:
+        finish_stores()
 
 
 @kernel
@@ -86,31 +111,42 @@ def pack_columns(source: Floats, packed: Panels, first_row: int, last_row: int) 
     first_row, last_row : int
         Rows to pack; the first is a multiple of 32, and so is the last unless it is N. After row N comes zero.
     """
+    pack_transposed_tile(source, packed, first_row, last_row, 0, source.shape[1])
+
+
+@kernel
+def pack_transposed_tile(
+    source: Floats, packed: Panels, first_row: int, last_row: int, first_column: int, last_column: int
+) -> None:
+    """Pack some columns of rows as `pack_columns` does.
+
+    Parameters
+    ----------
+    source, packed, first_row, last_row
+        As in `pack_columns`.
+    first_column, last_column : int
+        Columns to pack; the first is a multiple of 32, and so is the last unless it is K. After column K comes zero.
+    """
     columns, depth = source.shape
     steps = (depth + DEPTH - 1) // DEPTH
-    words = packed.view(np.uint32)
-    for panel in range(first_row // COLUMNS, (last_row + COLUMNS - 1) // COLUMNS):
-        for step in range(steps):
-            for half in range(2):
-                start = (panel * steps + step) * _STEP + half * (_STEP // 2)
-                target = words[start : start + _STEP // 2]
-                for c in range(16):
-                    row = panel * COLUMNS + half * 16 + c
-                    if row >= columns:
-                        for pair in range(16):
-                            target[pair * 16 + c] = 0
-                        continue
-                    k = step * DEPTH
-                    if k + DEPTH <= depth:
-                        line = source[row, k : k + DEPTH]
-                        for pair in range(16):
-                            target[pair * 16 + c] = _pair(round_bits(line[2 * pair]), round_bits(line[2 * pair + 1]))
+    words, past_caches = packed.view(np.uint32), _passes_caches(source, packed)
+    for row in range(first_row // COLUMNS * COLUMNS, last_row, COLUMNS):
+        for k in range(first_column, last_column, DEPTH):
+            start = (row // COLUMNS * steps + k // DEPTH) * _STEP
+            if row + COLUMNS <= columns and k + DEPTH <= depth:
+                address = source.ctypes.data + row * source.strides[0] + k * 4
+                target = packed.ctypes.data + start * 4
+                for _ in range(2):
+                    if past_caches:
+                        transpose_floats_past_caches(address, source.strides[0], target)
                     else:
-                        for pair in range(16):
-                            place = k + 2 * pair
-                            low = round_bits(source[row, place]) if place < depth else np.uint32(0)
-                            high = round_bits(source[row, place + 1]) if place + 1 < depth else np.uint32(0)
-                            target[pair * 16 + c] = _pair(low, high)
+                        transpose_floats(address, source.strides[0], target)
+                    address += 16 * source.strides[0]
+                    target += _STEP * 2
+            else:
+                _round_remainder(source, row, k, False, words[start : start + _STEP])
+    if past_caches:
+        finish_stores()
 
 
 @kernel
@@ -140,6 +176,22 @@ def pack_bfloat16_rows(source: BFloats, packed: Panels, first_panel: int, last_p
                 zip_rows(address, source.strides[0], packed.ctypes.data + start * 4)
             else:
                 _pack_remainder(source, row, column, words[start : start + _STEP])
+
+
+@kernel
+def _round_remainder(source: Floats, row: int, column: int, rows_are_k: bool, words: Any) -> None:
+    """Round and pack the elements of a step that exist, and zero for the others; k goes down or along."""
+    for half in range(2):
+        for pair in range(DEPTH // 2):
+            for c in range(16):
+                bits = np.uint32(0)
+                for odd in range(2):
+                    k, n = 2 * pair + odd, half * 16 + c
+                    down, along = (k, n) if rows_are_k else (n, k)
+                    r, place = row + down, column + along
+                    if r < source.shape[0] and place < source.shape[1]:
+                        bits |= np.uint32(round_bits(source[r, place])) << np.uint32(16 * odd)
+                words[half * (_STEP // 2) + pair * 16 + c] = bits
 
 
 @kernel

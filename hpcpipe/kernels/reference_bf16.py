@@ -4,7 +4,7 @@ import numpy as np
 
 from hpcpipe.kernels import reference
 from hpcpipe.kernels.arrays import BFloats, Floats, Panels, Tokens
-from hpcpipe.kernels.reference_products import rounded, unpacked, widened
+from hpcpipe.kernels.reference_products import pack_columns, pack_rows, rounded, unpacked, widened
 
 # Shapes and meaning are in the modules of the kernels.
 # ruff: noqa: D103
@@ -137,3 +137,28 @@ def attention_backward_bf16(
         widened(dout), widened(qkv), widened(out), lse.astype(np.float64), batch, heads, exact, np.empty(0)
     )
     _copy_heads(rounded(exact), dqkv, (*lse.shape[::2], 3, heads, out.shape[1] // heads), first, last)
+
+
+def adamw_pack(
+    weight: Floats,
+    grad: Floats,
+    moment1: Floats,
+    moment2: Floats,
+    scale: float,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+    correction1: float,
+    correction2: float,
+    rows: Panels,
+    columns: Panels,
+    first_row: int,
+    last_row: int,
+) -> None:
+    some, decay = slice(first_row, last_row), (beta1, beta2, epsilon, weight_decay, correction1, correction2)
+    arrays = (weight[some], grad[some], moment1[some], moment2[some])
+    reference.adamw_update(*arrays, scale, learning_rate, *decay)
+    pack_rows(weight, rows, first_row, last_row)
+    pack_columns(weight, columns, first_row, last_row)

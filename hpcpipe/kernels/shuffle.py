@@ -6,6 +6,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from hpcpipe.kernels.vectors import load, rounded
+
 _LANES = 16
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _LINE, _PAIRS, _WORDS = ir.VectorType(_I16, _LANES), ir.VectorType(_I16, 2 * _LANES), ir.VectorType(_I32, _LANES)
@@ -92,7 +94,76 @@ def _zip_rows(typing: Any, source: Any, source_stride: Any, target: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), emit
 
 
+def _store_line(builder: Any, words: Any, target: Any, offset: int, past_caches: bool) -> None:
+    """Store a line of a panel; past the caches it is not read first, and pushes nothing out of them."""
+    address = builder.inttoptr(builder.add(target, ir.Constant(_I64, offset)), words.type.as_pointer())
+    stored = builder.store(words, address, align=64 if past_caches else 4)
+    if past_caches:
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
+
+
+def _transposed_floats(past_caches: bool) -> Any:
+    """Make the intrinsic that rounds 16 rows of 32 float32 and transposes them as `_transpose_words` does."""
+
+    @intrinsic
+    def transpose_floats(typing: Any, source: Any, source_stride: Any, target: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            source, source_stride, target = arguments
+            rows = []
+            for row in range(_LANES):
+                address = builder.add(source, builder.mul(source_stride, ir.Constant(_I64, row)))
+                pairs = rounded(builder, load(builder, address), load(builder, address, 64))
+                rows.append(builder.bitcast(pairs, _WORDS))
+            _transpose(builder, rows)
+            for index, words in enumerate(rows):
+                _store_line(builder, words, target, index * 64, past_caches)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), emit
+
+    return transpose_floats
+
+
+def _zipped_floats(past_caches: bool) -> Any:
+    """Make the intrinsic that rounds 32 rows of 32 float32 and packs them as `_zip_rows` does."""
+
+    @intrinsic
+    def zip_floats(typing: Any, source: Any, source_stride: Any, target: Any) -> Any:
+        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            source, source_stride, target = arguments
+            lanes = [i // 2 + _LANES * (i % 2) for i in range(2 * _LANES)]
+            zipped = ir.Constant(ir.VectorType(_I32, 2 * _LANES), lanes)
+            for pair in range(_LANES):
+                low, high = (
+                    builder.add(source, builder.mul(source_stride, ir.Constant(_I64, row)))
+                    for row in (2 * pair, 2 * pair + 1)
+                )
+                for half in range(2):
+                    apart = rounded(builder, load(builder, low, half * 64), load(builder, high, half * 64))
+                    words = builder.shuffle_vector(apart, ir.Constant(_PAIRS, ir.Undefined), zipped)
+                    _store_line(builder, words, target, half * 1024 + pair * 64, past_caches)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.int64), emit
+
+    return zip_floats
+
+
+@intrinsic
+def _finish_stores(typing: Any) -> Any:
+    """Let other threads see what was stored past the caches."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), emit
+
+
 # Kernels call intrinsics without the argument that numba passes to them.
 transpose_pairs: Any = _transpose_pairs
 transpose_words: Any = _transpose_words
 zip_rows: Any = _zip_rows
+transpose_floats, transpose_floats_past_caches = _transposed_floats(False), _transposed_floats(True)
+zip_floats, zip_floats_past_caches = _zipped_floats(False), _zipped_floats(True)
+finish_stores: Any = _finish_stores

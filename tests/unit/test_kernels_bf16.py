@@ -5,7 +5,17 @@ import inspect
 import numpy as np
 import pytest
 
-from hpcpipe.kernels import exponential, head, norm_bf16, panels, reduce_bf16, reference, reference_bf16
+from hpcpipe.kernels import (
+    adamw,
+    adamw_bf16,
+    exponential,
+    head,
+    norm_bf16,
+    panels,
+    reduce_bf16,
+    reference,
+    reference_bf16,
+)
 from hpcpipe.kernels.jit import kernel
 from hpcpipe.kernels.panels import panel_elements
 from hpcpipe.kernels.reference_products import rounded, widened
@@ -60,7 +70,7 @@ def moments(x):
 
 KERNELS = [
     value
-    for module in (norm_bf16, reduce_bf16, head)
+    for module in (adamw_bf16, norm_bf16, reduce_bf16, head)
     for value in vars(module).values()
     if hasattr(value, "signatures") and value.__module__ == module.__name__ and not value.__name__.startswith("_")
 ]
@@ -68,7 +78,7 @@ KERNELS = [
 
 @pytest.mark.parametrize("ours", KERNELS, ids=lambda ours: ours.__name__)
 def test_every_kernel_has_a_twin_with_its_signature(ours):
-    assert len(KERNELS) == 7
+    assert len(KERNELS) == 8
     assert inspect.signature(ours) == inspect.signature(getattr(reference_bf16, ours.__name__))
     assert not set(ours.targetoptions["fastmath"] or ())
 
@@ -310,3 +320,29 @@ def test_short_exponential_over_all_of_float32():
     assert (out[x < -87.7] == 0).all()
     assert (out[x > 88.4] == np.inf).all()
     assert (out[exact > 1e-300] >= 0).all()
+
+
+# The last two are large enough to be stored past the caches.
+@pytest.mark.parametrize("shape", [(1, 1), (33, 31), (64, 96), (100, 1100), (500, 1100), (1088, 544)])
+def test_update_and_packing_in_one_pass_are_those_of_two(shape):
+    weight, grad, moment1 = floats(*shape), floats(*shape), floats(*shape)
+    before = [weight, grad, moment1, np.abs(floats(*shape))]
+    numbers = (0.7, 3e-3, 0.9, 0.95, 1e-8, 0.1, 1 - 0.9**3, 1 - 0.95**3)
+    ours, apart, theirs = ([array.copy() for array in before] for _ in range(3))
+    found, wanted, twins = (
+        [aligned(panel_elements(*shape), np.uint16), aligned(panel_elements(*shape[::-1]), np.uint16)] for _ in range(3)
+    )
+    for first, last in cuts(shape[0], 32):
+        adamw_bf16.adamw_pack(*ours, *numbers, *found, first, last)
+        assert (found[1].reshape(-1, panel_elements(shape[1], 32))[-(-last // 32) :] == 0).all()
+    adamw.adamw_update(*(array.reshape(-1) for array in apart), *numbers)
+    panels.pack_rows(apart[0], wanted[0], 0, shape[0])
+    panels.pack_columns(apart[0], wanted[1], 0, shape[0])
+    for one, other in zip([*ours, *found], [*apart, *wanted], strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(ours[1], grad)
+    reference_bf16.adamw_pack(*theirs, *numbers, *twins, 0, shape[0])
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    for one, other in zip(found, twins, strict=True):
+        assert (np.abs(widened(one) - widened(other)) <= 2 * HALF * np.abs(widened(other)) + 1e-5).all()
