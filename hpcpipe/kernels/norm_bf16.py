@@ -20,7 +20,7 @@ _HALF_BLOCK = BLOCK_ELEMENTS // 2
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
-@kernel(reorder=True)
+@kernel(inline=True)
 def _moments(x: Any) -> Any:
     """Return the mean and the variance of a row, by the corrected two-pass algorithm.
 
@@ -41,7 +41,7 @@ def _moments(x: Any) -> Any:
     return average + shift, max(squares / width - shift * shift, _ZERO)
 
 
-@kernel
+@kernel(reorder=True)
 def layernorm_forward_bf16(
     x: Floats, weight: Floats, bias: Floats, out: BFloats, mean: Floats, rstd: Floats, first: int, last: int
 ) -> None:
@@ -73,7 +73,7 @@ def layernorm_forward_bf16(
         rstd[row] = scale
 
 
-@kernel(reorder=True)
+@kernel(inline=True)
 def _averages(dout: Any, x: Any, weight: Any, average: Any, scale: Any) -> Any:
     """Return the averages of ``g`` and of ``g * n`` over a row."""
     width = np.float32(x.shape[0])
@@ -85,7 +85,7 @@ def _averages(dout: Any, x: Any, weight: Any, average: Any, scale: Any) -> Any:
     return total / width, total_normal * scale / width
 
 
-@kernel
+@kernel(reorder=True)
 def layernorm_backward_input_bf16(
     dout: BFloats,
     x: Floats,

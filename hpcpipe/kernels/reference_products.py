@@ -4,6 +4,7 @@ Sums are float64; what a kernel rounds to bfloat16 is rounded once.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,8 @@ def rounded(x: Floats) -> BFloats:
 
 def widened(x: BFloats) -> Floats:
     """Return the values of bfloat16 bits in float64."""
-    return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    wide: Floats = (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return wide
 
 
 def packed(matrix: BFloats) -> Panels:
@@ -77,15 +79,15 @@ def transpose(source: BFloats, target: BFloats, first_column: int, last_column: 
     target[: last_column - first_column, :rows] = source[:, first_column:last_column].T
 
 
-def _times(a: BFloats, b: Panels, columns: int) -> Floats:
+def _times(a: BFloats, b: Panels, columns: int) -> Any:
     return widened(a) @ widened(unpacked(b, a.shape[1], columns))
 
 
-def _gelu(x: Floats) -> Floats:
+def _gelu(x: Floats) -> Any:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _gelu_slope(x: Floats) -> Floats:
+def _gelu_slope(x: Floats) -> Any:
     tanh = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x**2)
     return 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh**2) * slope

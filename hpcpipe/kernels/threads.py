@@ -89,7 +89,7 @@ class Team:
         function: Callable[..., object],
         length: int,
         *arguments: Any,
-        private: Sequence[Any] | None = None,
+        private: Sequence[Any] | np.ndarray | None = None,
         grain: int = GRAIN,
     ) -> None:
         """Call a function for parts of an output, one for each thread, and return when all calls have.
@@ -106,7 +106,7 @@ class Team:
             Rows, columns or whatever the output is cut by; nothing is called for 0.
         *arguments
             What every part gets. The threads keep no reference to it.
-        private : sequence, optional
+        private : sequence or array, optional
             What only one thread gets: scratch of its own.
         grain : int
             Parts start at multiples of this.

@@ -6,6 +6,11 @@ statistics of norms and attention.
 
 import numpy as np
 
+from hpcpipe.kernels.attention_bf16 import (
+    attention_backward_bf16,
+    attention_forward_bf16,
+    attention_scratch_bf16,
+)
 from hpcpipe.kernels.bfloat16 import to_bfloat16
 from hpcpipe.kernels.norm_bf16 import (
     layernorm_backward_input_bf16,
@@ -67,10 +72,12 @@ class BFloat16Block(Block):
         """Return the shapes of the scratch of the three calls."""
         model = self._model
         rows = batch * model.context
+        attention = attention_scratch_bf16(model.context, model.width, model.heads)
         return {
+            # Whole cache lines, so that each thread's part starts one.
+            "attention": bf16(num_threads, -(-attention // 32) * 32),
             "d_attended": bf16(rows, model.width),
             **gradient_scratch(rows, 4 * model.width, num_threads),
-            "norm": f32(2, model.width),
         }
 
     def forward(
@@ -83,7 +90,9 @@ class BFloat16Block(Block):
         run(layernorm_forward_bf16, rows, x, w["norm1/weight"], w["norm1/bias"], *norm1)
         run(linear, rows, s["normed1"], w["attention/qkv/weight:rows"], w["attention/qkv/bias"], s["qkv"])
         poll()
-        self._attend(buffers, batch)
+        heads, private = self._model.heads, buffers.scratch["attention"]
+        attention = (s["qkv"], batch, heads, s["attended"], s["lse"])
+        run(attention_forward_bf16, batch * heads, *attention, private=private, grain=1)
         poll()
         residual = (s["attended"], w["attention/output/weight:rows"], w["attention/output/bias"], x, s["middle"])
         run(linear_residual, rows, *residual)
@@ -119,7 +128,10 @@ class BFloat16Block(Block):
         )
         poll()
         run(product, rows, up["d_middle"], w["attention/output/weight:columns"], d_attended)
-        self._attend_backward(buffers, microbatch.tokens.shape[0])
+        batch, heads = microbatch.tokens.shape[0], self._model.heads
+        attention = (d_attended, s["qkv"], s["attended"], s["lse"], batch, heads, up["d_qkv"])
+        private = buffers.scratch["attention"]
+        run(attention_backward_bf16, batch * heads, *attention, private=private, grain=1)
         poll()
         run(product, rows, up["d_qkv"], w["attention/qkv/weight:columns"], up["d_normed1"])
         # The block in front rounds the stream itself.
@@ -136,14 +148,11 @@ class BFloat16Block(Block):
         poll()
         add_linear_gradients(s["normed2"], up["d_hidden"], g, "mlp/up", buffers)
         poll()
-        norm = buffers.scratch["norm"]
-        layernorm_backward_weight_bf16(
-            up["d_normed2"], s["middle"], s["mean2"], s["rstd2"], g["norm2/weight"], g["norm2/bias"], norm
-        )
+        norm2 = (s["mean2"], s["rstd2"], g["norm2/weight"], g["norm2/bias"])
+        buffers.team.run(layernorm_backward_weight_bf16, x.shape[1], up["d_normed2"], s["middle"], *norm2)
         add_linear_gradients(s["attended"], up["d_middle"], g, "attention/output", buffers)
         poll()
         add_linear_gradients(s["normed1"], up["d_qkv"], g, "attention/qkv", buffers)
-        layernorm_backward_weight_bf16(
-            up["d_normed1"], x, s["mean1"], s["rstd1"], g["norm1/weight"], g["norm1/bias"], norm
-        )
+        norm1 = (s["mean1"], s["rstd1"], g["norm1/weight"], g["norm1/bias"])
+        buffers.team.run(layernorm_backward_weight_bf16, x.shape[1], up["d_normed1"], x, *norm1)
         poll()

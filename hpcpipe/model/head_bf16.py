@@ -3,9 +3,8 @@
 import numpy as np
 
 from hpcpipe.kernels.bfloat16 import from_bfloat16
-from hpcpipe.kernels.head import head_logits
-from hpcpipe.kernels.loss import cross_entropy_backward_bf16, cross_entropy_forward_bf16
-from hpcpipe.kernels.norm import (
+from hpcpipe.kernels.head import cross_entropy_backward_bf16, cross_entropy_forward_bf16, head_logits
+from hpcpipe.kernels.norm_bf16 import (
     layernorm_backward_input_bf16,
     layernorm_backward_weight_bf16,
     layernorm_forward_bf16,
@@ -55,17 +54,16 @@ class BFloat16Head(Head):
         """Return the shapes of the scratch of the three calls."""
         rows, width = batch * self._model.context, self._model.width
         return {
-            "highest": f32(rows, _LANES),
+            "highest": f32(rows),
             "totals": f32(rows, _LANES),
             "sums": f32(num_threads, DEEP_ROWS, -(-width // 32) * 32),
             "rounded": bf16(rows, width),
             **gradient_scratch(rows, width, num_threads),
-            "norm": f32(2, width),
         }
 
     def logits(self, stash: Arrays, row: int, out: np.ndarray) -> None:
         """Copy the logits of a row to float32 `out`, shape (vocab,)."""
-        from_bfloat16(stash["logits"][row : row + 1, : len(out)], out[None], 0, 1)
+        from_bfloat16(stash["logits"][row : row + 1, : len(out)], out[None])
 
     def forward(
         self, weights: Arrays, microbatch: Microbatch, x: np.ndarray, out: np.ndarray, buffers: Buffers, poll: Poll
@@ -75,7 +73,7 @@ class BFloat16Head(Head):
         norm = (weights["norm/weight"], weights["norm/bias"], s["normed"], s["mean"], s["rstd"])
         run(layernorm_forward_bf16, rows, x, *norm)
         vocab, exponentials = self._model.vocab, (scratch["highest"], scratch["totals"])
-        run(head_logits, rows, s["normed"], weights["weight:columns"], s["logits"], vocab, *exponentials)
+        run(head_logits, rows, s["normed"], weights["weight:columns"], vocab, s["logits"], *exponentials)
         poll()
         targets, coefficients = microbatch.targets.reshape(-1), microbatch.coefficients.reshape(-1)
         loss = cross_entropy_forward_bf16(s["logits"], targets, coefficients, *exponentials, s["lse"])
@@ -104,13 +102,6 @@ class BFloat16Head(Head):
         s, up = buffers.stash, buffers.upstream
         add_matrix_gradient(up["d_logits"], s["normed"], gradients["weight"], buffers)
         poll()
-        layernorm_backward_weight_bf16(
-            up["d_normed"],
-            x,
-            s["mean"],
-            s["rstd"],
-            gradients["norm/weight"],
-            gradients["norm/bias"],
-            buffers.scratch["norm"],
-        )
+        norm = (s["mean"], s["rstd"], gradients["norm/weight"], gradients["norm/bias"])
+        buffers.team.run(layernorm_backward_weight_bf16, x.shape[1], up["d_normed"], x, *norm)
         poll()

@@ -4,7 +4,7 @@ import numpy as np
 
 from hpcpipe.kernels.panels import pack_bfloat16_rows, panel_elements
 from hpcpipe.kernels.products import gradient_scratch_rows, weight_gradient
-from hpcpipe.kernels.reduce import bias_gradient_bf16
+from hpcpipe.kernels.reduce_bf16 import bias_gradient_bf16
 from hpcpipe.model.layer import Arrays, Buffers
 from hpcpipe.model.tensors import BufferShapes, bf16
 

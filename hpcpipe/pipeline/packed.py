@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 
 from hpcpipe.kernels.panels import pack_columns, pack_rows, panel_elements
+from hpcpipe.kernels.threads import Team
 from hpcpipe.memory.layout import new_arrays
 from hpcpipe.model.layer import Layer
 from hpcpipe.model.tensors import BufferSpec, TensorSpec
@@ -70,9 +71,9 @@ class PackedWeights:
                 yield f"{local}:rows", rows
                 yield f"{local}:columns", columns
 
-    def pack(self) -> None:
-        """Pack all matrices from their float32 values."""
+    def pack(self, team: Team) -> None:
+        """Pack all matrices from their float32 values, on the threads of a rank."""
         for name in self._tensors:
             weight, (rows, columns) = self._weights[name], self.of(name)
-            pack_rows(weight, rows, 0, len(weight))
-            pack_columns(weight, columns, 0, len(weight))
+            team.run(pack_rows, len(weight), weight, rows)
+            team.run(pack_columns, len(weight), weight, columns)

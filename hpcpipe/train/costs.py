@@ -15,6 +15,7 @@ from hpcpipe.cluster import processor
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import DiskError
 from hpcpipe.kernels.jit import CACHE_DIRECTORY
+from hpcpipe.kernels.threads import ALONE, Team
 from hpcpipe.mpi.collectives import barrier, broadcast_bytes, gather_rows
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.mpi.ping import measure_message_s
@@ -73,7 +74,9 @@ class MeasuredCosts:
         }
 
 
-def obtain_costs(config: Config, grid: Grid, waiter: Waiter, num_local_ranks: int) -> MeasuredCosts:
+def obtain_costs(
+    config: Config, grid: Grid, waiter: Waiter, num_local_ranks: int, team: Team = ALONE
+) -> MeasuredCosts:
     """Return the same costs on every rank: from the cache if they are there and not older than a day, else measured.
 
     Parameters
@@ -86,13 +89,15 @@ def obtain_costs(config: Config, grid: Grid, waiter: Waiter, num_local_ranks: in
         Waits, with its deadline.
     num_local_ranks : int
         Ranks on this node.
+    team : Team
+        The threads of this rank.
     """
     path = cache_path(config, num_local_ranks)
     content = (_read_fresh(path) if grid.comm.rank == 0 else None) or b""
     content = broadcast_bytes(grid.comm, waiter, content if grid.comm.rank == 0 else None, 0)
     if content:
         return _parse(json.loads(content), from_cache=True)
-    costs = _measure(config, grid, waiter)
+    costs = _measure(config, grid, waiter, team)
     if grid.comm.rank == 0:
         keep_costs(path, costs)
     return costs
@@ -175,10 +180,10 @@ def cache_path(config: Config, num_local_ranks: int) -> Path:
     return CACHE_DIRECTORY / "costs" / f"{blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()}.json"
 
 
-def _measure(config: Config, grid: Grid, waiter: Waiter) -> MeasuredCosts:
+def _measure(config: Config, grid: Grid, waiter: Waiter, team: Team) -> MeasuredCosts:
     parallel, model = config.parallel, config.model
     barrier(grid.comm, waiter)
-    layers = profile_layers(config)
+    layers = profile_layers(config, team)
     rows = gather_rows(grid.comm, waiter, np.array([astuple(layer) for layer in layers]).reshape(-1))
     # Ranks that some other program held up must not decide for all.
     medians = np.median(rows, axis=0).reshape(len(_KINDS), -1).tolist()

@@ -63,7 +63,7 @@ def make_plan(session: Session) -> Plan:
         On every rank, if ``auto`` finds no schedule that can run.
     """
     config, grid, waiter = session.config, session.grid, session.waiter
-    measured = obtain_costs(config, grid, waiter, session.num_local_ranks)
+    measured = obtain_costs(config, grid, waiter, session.num_local_ranks, session.team)
     own_cores = cores_of_pipeline(config, session.num_local_ranks, session.num_local_cores)
     limit_bytes, cores = _agree(session, memory().available_bytes / session.num_local_ranks, own_cores)
     candidate, choice = None, None

@@ -7,6 +7,7 @@ import numpy as np
 
 from hpcpipe.config.schema import Config
 from hpcpipe.kernels.reduce import sum_of_squares
+from hpcpipe.kernels.threads import ALONE, Team
 from hpcpipe.memory.arena import Arena
 from hpcpipe.model.gpt2 import build_layers
 from hpcpipe.model.initial import fill_initial
@@ -45,7 +46,7 @@ class LayerCosts:
     update: float
 
 
-def profile_layers(config: Config) -> list[LayerCosts]:
+def profile_layers(config: Config, team: Team = ALONE) -> list[LayerCosts]:
     """Time the embedding, blocks and the head as a stage runs them.
 
     As in a pipeline, some microbatches go forward through as many blocks as a rank has before they go backward, so that
@@ -57,13 +58,15 @@ def profile_layers(config: Config) -> list[LayerCosts]:
     ----------
     config : Config
         Resolved, with the vocabulary.
+    team : Team
+        The threads of the rank.
 
     Returns
     -------
     list of LayerCosts
         Of the embedding, of a block, and of the head.
     """
-    profiled = _ProfiledStage(config)
+    profiled = _ProfiledStage(config, team)
     for number in range(_WARMUP_ROUNDS):
         profiled.round(in_halves=number % 2 == 0)
     # What touches memory for the first time is no measure of what comes later.
@@ -79,7 +82,7 @@ def profile_layers(config: Config) -> list[LayerCosts]:
 class _ProfiledStage:
     """A stage with all kinds of layers, and what it needs to run."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, team: Team) -> None:
         parallel = config.parallel
         # In a pipeline the first and the last rank update a tied table each.
         model = replace(config.model, tied=config.model.tied and parallel.pipeline == 1)
@@ -92,10 +95,11 @@ class _ProfiledStage:
         parameters = self._parameters = Parameters(layers)
         for tensor in parameters.layout.stored:
             fill_initial(tensor, config.run.seed, parameters.weights.arrays[tensor.name])
+        parameters.packed.pack(team)
         recompute = config.train.recompute
         self._again = ("forward",) if recompute == "full" else ()
         size = parallel.microbatch_size, model.context
-        stage = self._stage = Stage(layers, parameters, *size, model.width, recompute)
+        stage = self._stage = Stage(layers, parameters, *size, model.width, recompute, team)
         self._x, self._d = stage.new_stream(), stage.new_stream()
         self._stashes = [stage.new_stash() for _ in range(_IN_TURN)]
         self._upstream, self._shared = stage.new_upstream(), stage.shared_upstream()

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 import hpcpipe
 from hpcpipe.checkpoint.layout import candidates
 from hpcpipe.cluster.processor import memory
@@ -17,13 +19,14 @@ from hpcpipe.data.reader import TokenFile
 from hpcpipe.data.windows import HeldOut, Samples
 from hpcpipe.errors import DiskError, ExitCode, UsageError
 from hpcpipe.kernels import warm
+from hpcpipe.kernels.features import has_bf16_unit
 from hpcpipe.kernels.threads import Team
 from hpcpipe.memory.block import huge_pages
 from hpcpipe.model.gpt2 import count_parameters
 from hpcpipe.mpi import runtime
 from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.channel import MessageMode
-from hpcpipe.mpi.collectives import barrier, broadcast_bytes
+from hpcpipe.mpi.collectives import barrier, broadcast_bytes, gather_rows
 from hpcpipe.mpi.grid import make_grid
 from hpcpipe.mpi.runtime import World
 from hpcpipe.mpi.wait import Waiter
@@ -84,7 +87,10 @@ def _train(world: World, config_path: Path, overrides: Sequence[str], resume: st
     stop = StopRequest()
     waiter = Waiter(_SETUP_TIMEOUT_S, owns_core=world.owns_core)
     with together(world.comm, waiter):
-        config = resolve(load(config_path, overrides), world.size, node=world.tightest)
+        own_unit = has_bf16_unit()
+    has_unit = bool(gather_rows(world.comm, waiter, np.array([own_unit])).all())
+    with together(world.comm, waiter):
+        config = resolve(load(config_path, overrides), world.size, has_unit, world.tightest)
         schedule = build_schedule(config)
         config = check_schedule(config, schedule)
         mode = MessageMode.parse(os.environ.get(MESSAGES, ""))
@@ -136,12 +142,13 @@ def _compile(session: Session, world: World) -> None:
     def report(name: str, index: int, total: int) -> None:
         session.console.say(f"compiling kernels for this processor, once: {index}/{total} {name}")
 
+    precision = session.config.train.precision
     if world.local_rank == 0:
-        warm.compile_all(None if warm.is_compiled() else report)
+        warm.compile_all(None if warm.is_compiled(precision) else report, precision)
         session.team.prepare()
     barrier(world.comm, session.waiter)
     if world.local_rank != 0:
-        warm.compile_all(None)
+        warm.compile_all(None, precision)
         session.team.prepare()
 
 
@@ -169,7 +176,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     config = session.config
     with together(grid.comm, waiter):
         needed = _require_memory(session, config)
-    state = build_state(config, session.schedule.stage_to_rank, grid.stage_rank, grid.replica)
+    state = build_state(config, session.schedule.stage_to_rank, grid.stage_rank, grid.replica, session.team)
     _introduce(session, state, tokens, plan, needed)
     resume_state(session, state, found, tokens)
     write_plan(session, plan)
@@ -184,7 +191,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     if held_out.num_samples:
         evaluator = Evaluator(state, grid, waiter, held_out, session.mode, trainer.memory)
     console.say(f"memory: {describe_allocated(grid, waiter, needed)}; {huge_pages()}")
-    peak_flops = measure_peak_flops(grid, waiter)
+    peak_flops = measure_peak_flops(grid, waiter, config.train.precision, session.team)
     loop = Loop(session, state, trainer, evaluator, stop, identity_of(tokens), peak_flops)
     waiter.timeout_s = config.parallel.timeout_s
     evaluation = loop.run()
@@ -258,7 +265,7 @@ def _introduce(session: Session, state: State, tokens: TokenFile, plan: Plan, ne
         f" context {model.context}, {count_parameters(state.model):,} parameters"
     )
     say(f"data: {tokens.path}, {tokens.num_tokens:,} tokens in {tokens.num_documents:,} documents of {tokens.source}")
-    say(f"kernels: {warm.describe()}")
+    say(f"kernels: {warm.describe(config.train.precision)}")
     say(f"cores: {_describe_cores(session)}")
     say(f"memory: {describe_predicted(needed)}")
     say(f"run directory: {session.directory.path}")

@@ -102,7 +102,7 @@ class State:
     def pack(self) -> None:
         """Let bfloat16 products read the weights as they are now."""
         for stage in self.stages.values():
-            stage.parameters.packed.pack()
+            stage.parameters.packed.pack(self.team)
 
     def compute_stages(self, batch: int, recompute: str = "none", timed: bool = False) -> dict[int, Stage]:
         """Return this rank's stages ready for microbatches of `batch` samples, with stopwatches if `timed`."""

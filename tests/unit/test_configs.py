@@ -52,6 +52,7 @@ def test_any_small_number_of_ranks_fits(name, world_size):
 def test_gpt2_124m_has_the_published_shape():
     config = resolve(load(next(path for path in CONFIGS if path.name == "gpt2-124m.toml")), 12)
     model = config.model
-    assert (model.layers, model.width, model.heads, model.context) == (12, 768, 12, 1024)
+    assert (model.layers, model.width, model.heads, model.context) == (12, 768, 12, 512)
+    assert model.vocab == 50257
     for data in (2, 4, 8):
-        resolve(load(CONFIGS[0].with_name("gpt2-124m.toml"), [f"parallel.data={data}"]), data)
+        resolve(load(CONFIGS[0].with_name("gpt2-124m.toml"), [f"parallel.data={data}", f"parallel.lanes={data}"]), data)

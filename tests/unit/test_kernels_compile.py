@@ -1,5 +1,6 @@
 """Kernels are compiled once, before the first step, and kept in one known directory."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -183,6 +184,22 @@ def test_compiler_may_reorder_sums_and_nothing_else():
         assert set(kernel.targetoptions["fastmath"] or ()) <= {"reassoc", "nsz"}, name
     for name in ("adamw_update", "add_into", "bias_gradient", "gelu_forward", "gelu_backward"):
         assert not KERNELS[name].targetoptions["fastmath"], name
+
+
+def test_no_kernel_that_others_call_reorders_its_sums():
+    """It would run in one order alone and in another inside its caller: compiled and loaded code then differ."""
+    modules = [
+        importlib.import_module(f"hpcpipe.kernels.{path.stem}") for path in Path(jit.__file__).parent.glob("*.py")
+    ]
+    helpers = [
+        value
+        for module in modules
+        for name, value in vars(module).items()
+        if name.startswith("_") and hasattr(value, "targetoptions")
+    ]
+    assert len(helpers) > 20
+    bad = [value.__name__ for value in helpers if value.targetoptions["fastmath"]]
+    assert bad == []
 
 
 def test_describe_names_processor_and_blas():
