@@ -12,28 +12,45 @@ from hpcpipe.kernels.arrays import BFloats, Floats
 from hpcpipe.kernels.bfloat16 import round_bits, widen
 from hpcpipe.kernels.block import BLOCK_ELEMENTS, new_block
 from hpcpipe.kernels.jit import kernel
+from hpcpipe.kernels.lanes import add, fma, load, multiply, round_two, splat, store, subtract, total
+from hpcpipe.kernels.lanes import widen as widen16
 from hpcpipe.kernels.norm import EPSILON
 
 # numba has no types for the names that it exports.
 carray: Any = numba.carray  # type: ignore[attr-defined]
+_STEP = 64  # elements of four vectors
 _HALF_BLOCK = BLOCK_ELEMENTS // 2
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
-@kernel(inline=True)
+@kernel
 def _moments(x: Any) -> Any:
     """Return the mean and the variance of a row, by the corrected two-pass algorithm.
 
     The second pass also adds up what the first mean is off by (Chan, Golub and LeVeque, The American Statistician 37,
     1983), so that equal elements have a variance of zero however large they are.
     """
-    width = np.float32(x.shape[0])
-    total = _ZERO
-    for c in range(x.shape[0]):
-        total += x[c]
-    average = total / width
-    rest, squares = _ZERO, _ZERO
-    for c in range(x.shape[0]):
+    length, place = x.shape[0], x.ctypes.data
+    whole, width = length // _STEP * _STEP, np.float32(length)
+    zero = splat(_ZERO)
+    sum0, sum1, sum2, sum3 = zero, zero, zero, zero
+    for c in range(0, whole * 4, _STEP * 4):
+        sum0 = add(sum0, load(place + c))
+        sum1 = add(sum1, load(place + c + 64))
+        sum2 = add(sum2, load(place + c + 128))
+        sum3 = add(sum3, load(place + c + 192))
+    average = total(add(add(sum0, sum1), add(sum2, sum3)))
+    for c in range(whole, length):
+        average += x[c]
+    average /= width
+    middle = splat(average)
+    sum0, sum1, sum2, sum3 = zero, zero, zero, zero
+    for c in range(0, whole * 4, _STEP * 2):
+        difference0, difference1 = subtract(load(place + c), middle), subtract(load(place + c + 64), middle)
+        sum0, sum1 = add(sum0, difference0), add(sum1, difference1)
+        sum2, sum3 = fma(difference0, difference0, sum2), fma(difference1, difference1, sum3)
+    rest, squares = total(add(sum0, sum1)), total(add(sum2, sum3))
+    for c in range(whole, length):
         difference = x[c] - average
         rest += difference
         squares += difference * difference
@@ -41,7 +58,7 @@ def _moments(x: Any) -> Any:
     return average + shift, max(squares / width - shift * shift, _ZERO)
 
 
-@kernel(reorder=True)
+@kernel
 def layernorm_forward_bf16(
     x: Floats, weight: Floats, bias: Floats, out: BFloats, mean: Floats, rstd: Floats, first: int, last: int
 ) -> None:
@@ -63,29 +80,49 @@ def layernorm_forward_bf16(
     first, last : int
         Rows; threads may share them in any way.
     """
+    whole = x.shape[1] // 32 * 32
     for row in range(first, last):
         line, target = x[row], out[row]
         average, variance = _moments(line)
         scale = _ONE / np.sqrt(variance + np.float32(EPSILON))
-        for c in range(line.shape[0]):
+        middle, factor = splat(average), splat(scale)
+        for c in range(0, whole, 32):
+            normal0 = multiply(subtract(load(line.ctypes.data + c * 4), middle), factor)
+            normal1 = multiply(subtract(load(line.ctypes.data + c * 4 + 64), middle), factor)
+            place = weight.ctypes.data + c * 4
+            shift = bias.ctypes.data + c * 4
+            round_two(
+                fma(normal0, load(place), load(shift)),
+                fma(normal1, load(place + 64), load(shift + 64)),
+                target.ctypes.data + c * 2,
+            )
+        for c in range(whole, line.shape[0]):
             target[c] = np.uint16(round_bits((line[c] - average) * scale * weight[c] + bias[c]))
         mean[row] = average
         rstd[row] = scale
 
 
-@kernel(inline=True)
+@kernel
 def _averages(dout: Any, x: Any, weight: Any, average: Any, scale: Any) -> Any:
     """Return the averages of ``g`` and of ``g * n`` over a row."""
-    width = np.float32(x.shape[0])
-    total, total_normal = _ZERO, _ZERO
-    for c in range(x.shape[0]):
+    length = x.shape[0]
+    whole, width, zero, middle = length // 32 * 32, np.float32(length), splat(_ZERO), splat(average)
+    sum0, sum1, normal0, normal1 = zero, zero, zero, zero
+    for c in range(0, whole, 32):
+        up, factor, place = dout.ctypes.data + c * 2, weight.ctypes.data + c * 4, x.ctypes.data + c * 4
+        gradient0, gradient1 = multiply(widen16(up), load(factor)), multiply(widen16(up + 32), load(factor + 64))
+        sum0, sum1 = add(sum0, gradient0), add(sum1, gradient1)
+        normal0 = fma(gradient0, subtract(load(place), middle), normal0)
+        normal1 = fma(gradient1, subtract(load(place + 64), middle), normal1)
+    sum_, sum_normal = total(add(sum0, sum1)), total(add(normal0, normal1))
+    for c in range(whole, length):
         gradient = widen(dout[c]) * weight[c]
-        total += gradient
-        total_normal += gradient * (x[c] - average)
-    return total / width, total_normal * scale / width
+        sum_ += gradient
+        sum_normal += gradient * (x[c] - average)
+    return sum_ / width, sum_normal * scale / width
 
 
-@kernel(reorder=True)
+@kernel
 def layernorm_backward_input_bf16(
     dout: BFloats,
     x: Floats,
@@ -120,15 +157,33 @@ def layernorm_backward_input_bf16(
     first, last : int
         Rows; threads may share them in any way.
     """
+    whole = x.shape[1] // 32 * 32
     for row in range(first, last):
         up, line, target, rounded = dout[row], x[row], dx[row], dx_bf16[row]
         average, scale = mean[row], rstd[row]
-        total, total_normal = _averages(up, line, weight, average, scale)
-        for c in range(line.shape[0]):
+        average_g, average_gn = _averages(up, line, weight, average, scale)
+        middle, factor, of_g, of_gn = splat(average), splat(scale), splat(-average_g), splat(-average_gn)
+        for c in range(0, whole, 32):
+            sum0 = _input_gradient(up, line, weight, target, c, middle, factor, of_g, of_gn)
+            sum1 = _input_gradient(up, line, weight, target, c + 16, middle, factor, of_g, of_gn)
+            round_two(sum0, sum1, rounded.ctypes.data + c * 2)
+        for c in range(whole, line.shape[0]):
             normal = (line[c] - average) * scale
-            target[c] += scale * (widen(up[c]) * weight[c] - total - normal * total_normal)
-        for c in range(line.shape[0]):
+            target[c] += scale * (widen(up[c]) * weight[c] - average_g - normal * average_gn)
             rounded[c] = np.uint16(round_bits(target[c]))
+
+
+@kernel
+def _input_gradient(
+    up: Any, line: Any, weight: Any, target: Any, c: int, middle: Any, factor: Any, of_g: Any, of_gn: Any
+) -> Any:
+    """Add the gradient to 16 elements of the stream's, and return the sum."""
+    place = target.ctypes.data + c * 4
+    normal = multiply(subtract(load(line.ctypes.data + c * 4), middle), factor)
+    gradient = fma(widen16(up.ctypes.data + c * 2), load(weight.ctypes.data + c * 4), of_g)
+    new = fma(factor, fma(normal, of_gn, gradient), load(place))
+    store(new, place)
+    return new
 
 
 @kernel
