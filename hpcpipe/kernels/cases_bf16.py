@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcpipe.kernels import attention_bf16, bfloat16, head, norm_bf16, panels, peak, products, reduce_bf16
+from hpcpipe.kernels import adamw_bf16, attention_bf16, bfloat16, head, norm_bf16, panels, peak, products, reduce_bf16
 
 _ROWS, _WIDTH, _VOCAB = 32, 32, 32
 
@@ -63,6 +63,14 @@ def bfloat16_cases() -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
         (
             norm_bf16.layernorm_backward_weight_bf16,
             (bits(*shape), floats(*shape), *statistics, floats(vector), floats(vector), 0, _WIDTH),
+        ),
+        (
+            adamw_bf16.adamw_pack,
+            (
+                *(floats(*square) for _ in range(4)),
+                *(1.0, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.1, 0.05),
+                *(panel(*square), panel(*square), *rows),
+            ),
         ),
         (peak.repeat_block, (*operands, _blocks(32), 1)),
     ]

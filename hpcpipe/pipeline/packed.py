@@ -71,9 +71,11 @@ class PackedWeights:
                 yield f"{local}:rows", rows
                 yield f"{local}:columns", columns
 
-    def pack(self, team: Team) -> None:
-        """Pack all matrices from their float32 values, on the threads of a rank."""
+    def pack(self, team: Team, but: Collection[str] = ()) -> None:
+        """Pack all matrices but some from their float32 values, on the threads of a rank."""
         for name in self._tensors:
+            if name in but:
+                continue
             weight, (rows, columns) = self._weights[name], self.of(name)
             team.run(pack_rows, len(weight), weight, rows)
             team.run(pack_columns, len(weight), weight, columns)

@@ -23,6 +23,12 @@ _MOST_ROUNDS = 32
 _ENOUGH_S = 1.5
 _IN_TURN = 2
 _STASH_BYTES = 64 << 20
+_AGAIN: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "none": ((), ()),
+    "selective": ((), ("recompute",)),
+    "full": (("forward",), ("forward",)),
+}
+"""What the two halves of a backward compute again before they begin, by ``train.recompute``."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ class _ProfiledStage:
 
     def __init__(self, config: Config, team: Team) -> None:
         parallel = config.parallel
+        self._team = team
         # In a pipeline the first and the last rank update a tied table each.
         model = replace(config.model, tied=config.model.tied and parallel.pipeline == 1)
         embedding, *blocks, head = build_layers(model, config.train.precision)
@@ -97,7 +104,7 @@ class _ProfiledStage:
             fill_initial(tensor, config.run.seed, parameters.weights.arrays[tensor.name])
         parameters.packed.pack(team)
         recompute = config.train.recompute
-        self._again = ("forward",) if recompute == "full" else ()
+        self._again_input, self._again_weight = _AGAIN[recompute]
         size = parallel.microbatch_size, model.context
         stage = self._stage = Stage(layers, parameters, *size, model.width, recompute, team)
         self._x, self._d = stage.new_stream(), stage.new_stream()
@@ -128,12 +135,13 @@ class _ProfiledStage:
         for microbatch, stash in zip(self._microbatches, self._stashes, strict=True):
             if in_halves:
                 stage.backward_input(microbatch, x, d, stash, self._upstream, _no_poll)
-                self._keep("backward_input", "backward_input", *self._again)
+                self._keep("backward_input", "backward_input", *self._again_input)
                 stage.backward_weight(microbatch, x, stash, self._upstream, self._of_layers, _no_poll)
-                self._keep("backward_weight", "backward_weight", *self._again)
+                self._keep("backward_weight", "backward_weight", *self._again_weight)
             else:
                 stage.backward(microbatch, x, d, stash, self._shared, self._of_layers, _no_poll)
-                self._keep("backward", "backward_input", "backward_weight", *self._again)
+                # What is computed again for the input half serves the weight half too.
+                self._keep("backward", "backward_input", "backward_weight", *self._again_weight)
         for layer, samples in zip(self._layers, self._samples, strict=True):
             start = time.thread_time()
             self._update(layer)
@@ -161,7 +169,9 @@ class _ProfiledStage:
     def _keep(self, part: str, *functions: str) -> None:
         """Take one sample of a part from each layer: the time of the functions that it called."""
         for layer, samples in zip(self._layers, self._samples, strict=True):
-            samples[part].append(sum(sum(layer.taken[name]) / len(layer.taken[name]) for name in functions))
+            # A layer with nothing to compute again is not asked to.
+            called = [taken for name in functions if (taken := layer.taken[name])]
+            samples[part].append(sum(sum(taken) / len(taken) for taken in called))
             layer.forget()
 
     def _update(self, layer: TimedLayer) -> None:
@@ -169,7 +179,9 @@ class _ProfiledStage:
         for tensor in layer.tensors:
             sum_of_squares(gradients[tensor.name].reshape(-1))
         # A learning rate of zero leaves the weights as they are, for the same work.
-        self._optimizers[layer.prefix].update(self._parameters.weights.arrays, gradients, 1, 1.0, 0.0)
+        weights, packed = self._parameters.weights.arrays, self._parameters.packed
+        panels = {tensor.name: packed.of(tensor.name) for tensor in layer.tensors if tensor.name in packed}
+        self._optimizers[layer.prefix].update(weights, gradients, 1, 1.0, 0.0, panels, self._team)
         for tensor in layer.tensors:
             gradients[tensor.name].fill(0.0)
 

@@ -6,17 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
 from hpcpipe.errors import NumericsError
 from hpcpipe.memory.layout import Memory, new_arrays
+from hpcpipe.model.layer import Arrays
 from hpcpipe.model.tensors import BufferSpec, f32
 from hpcpipe.mpi.channel import Channel, MessageMode
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.mpi.shards import ShardExchange, receive_elements
 from hpcpipe.mpi.wait import Waiter
+from hpcpipe.optim.adamw import AdamW
 from hpcpipe.optim.clip import clip_factor, global_norm
 from hpcpipe.optim.learning_rate import learning_rate
+from hpcpipe.optim.shards import Bucket, Slice
 from hpcpipe.pipeline.executor import Executor, Work
 from hpcpipe.pipeline.messages import Messages
+from hpcpipe.pipeline.packed import PackedWeights
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.gradients import Gradients, TiedGradients
@@ -66,6 +72,22 @@ class _Agreed:
     stop: bool
 
 
+class _Update:
+    """The update of this replica's shard of a bucket."""
+
+    def __init__(self, bucket: Bucket, held: list[Slice], optimizer: AdamW, packed: PackedWeights) -> None:
+        self.bucket = bucket
+        self.optimizer = optimizer
+        self.packed = {
+            part.name: packed.of(part.name) for part in held if part.size == part.tensor.size and part.name in packed
+        }
+        self._held = held
+
+    def arrays(self, arrays: Arrays) -> dict[str, np.ndarray]:
+        """Return the shard's elements: matrices that are packed as such, the others flat."""
+        return {part.name: arrays[part.name] if part.name in self.packed else part.of(arrays) for part in self._held}
+
+
 class Trainer:
     """Runs training steps on one rank.
 
@@ -112,10 +134,15 @@ class Trainer:
         waiter.background = self._exchange.advance
         self._updates = {
             index: [
-                (bucket, list(bucket.slices(grid.replica)), optimizer)
+                _Update(bucket, list(bucket.slices(grid.replica)), optimizer, stage.parameters.packed)
                 for bucket, optimizer in stage.optimizers(config.train)
             ]
             for index, stage in state.stages.items()
+        }
+        # What other replicas update is packed when it has arrived.
+        self._packed_here = {
+            index: frozenset(name for update in updates for name in update.packed)
+            for index, updates in self._updates.items()
         }
         self._step, self._stop = 0, False
         self._agreed: _Agreed | None = None
@@ -166,7 +193,8 @@ class Trainer:
         self._step, self._stop, self._agreed = step, stop, None
         self._executor.run()
         self._exchange.finish()
-        self._state.pack()
+        for index, stage in self._state.stages.items():
+            stage.parameters.packed.pack(self._state.team, self._packed_here[index])
         self._gradients.reset()
         self._state.step = step
         agreed = self._agree_once()
@@ -189,14 +217,17 @@ class Trainer:
         """Update this replica's shard of a stage, and start to share it."""
         agreed, total = self._agree_once(), self._gradients.totals[stage]
         weights = self._state.stages[stage].parameters.weights
-        for bucket, held, optimizer in self._updates[stage]:
-            optimizer.update(
-                {part.name: part.of(weights.arrays) for part in held},
-                {part.name: part.of(total.arrays) for part in held},
+        for update in self._updates[stage]:
+            update.optimizer.update(
+                update.arrays(weights.arrays),
+                update.arrays(total.arrays),
                 self._step,
                 agreed.scale,
                 agreed.learning_rate,
+                update.packed,
+                self._state.team,
             )
+            bucket = update.bucket
             self._exchange.all_gather(f"STEP{stage}", bucket.of(weights.flat, weights.offsets), bucket.cuts)
 
     def _agree_once(self) -> _Agreed:
