@@ -5,7 +5,6 @@ finish a row of 32 sums over 768 of k in 50 cycles, so this must take less. GELU
 bounds of `hpcpipe.kernels.gelu`, which does the same with one value.
 """
 
-import math
 from typing import Any
 
 from llvmlite import ir
@@ -14,6 +13,7 @@ from numba.extending import intrinsic
 
 from hpcpipe.kernels import features
 from hpcpipe.kernels.gelu import CUBIC, FAR, SCALE
+from hpcpipe.kernels.powers import LOG2_E, SHORT, power_of_two
 from hpcpipe.kernels.vectors import (
     FLOATS,
     I16,
@@ -31,22 +31,6 @@ from hpcpipe.kernels.vectors import (
 )
 
 _HALF_ROW = 64
-_LOG2_E = math.log2(math.e)
-# Minimax in relative error for 2**x on |x| <= 1/2, from the highest power down.
-_SERIES = (0.009570103866, 0.05591786145, 0.2402474506, 0.6931218148, 0.9999992604)
-# Adding it leaves the nearest whole number, with float32's exponent bias on top, in the lowest bits.
-_WHOLE = 1.5 * 2**23 + 127
-
-
-def _short_power_of_two(builder: Any, x: Any) -> Any:
-    """Compute 2**x for x between -126 and 127, off by at most 2**-17 of itself; NaN stays NaN."""
-    moved = builder.fadd(x, constant(_WHOLE))
-    rest = builder.fsub(x, builder.fsub(moved, constant(_WHOLE)))
-    value = constant(_SERIES[0])
-    for coefficient in _SERIES[1:]:
-        value = fma(builder, value, rest, constant(coefficient))
-    power = builder.shl(builder.bitcast(moved, WORDS), ir.Constant(WORDS, [23] * LANES))
-    return builder.fmul(value, builder.bitcast(power, FLOATS))
 
 
 def _reciprocal(builder: Any, x: Any) -> Any:
@@ -70,8 +54,8 @@ def _bounds(builder: Any, x: Any) -> tuple[Any, Any]:
 
 def _sigmoid(builder: Any, x: Any, square: Any) -> Any:
     """Compute ``1 / (1 + exp(-2 * u))``, u as in `hpcpipe.kernels.gelu`, for x between -`FAR` and `FAR`."""
-    inner = fma(builder, square, constant(-SCALE * _LOG2_E * CUBIC), constant(-SCALE * _LOG2_E))
-    return _reciprocal(builder, builder.fadd(_short_power_of_two(builder, builder.fmul(x, inner)), constant(1.0)))
+    inner = fma(builder, square, constant(-SCALE * LOG2_E * CUBIC), constant(-SCALE * LOG2_E))
+    return _reciprocal(builder, builder.fadd(power_of_two(builder, builder.fmul(x, inner), SHORT), constant(1.0)))
 
 
 def _gelu(builder: Any, x: Any) -> Any:

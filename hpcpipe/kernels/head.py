@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from hpcpipe.kernels import lanes
 from hpcpipe.kernels.arrays import BFloats, Floats, Panels, Tokens
 from hpcpipe.kernels.bfloat16 import round_bits, widen
 from hpcpipe.kernels.block import (
@@ -26,17 +27,15 @@ from hpcpipe.kernels.block import (
     multiply_block,
     new_block,
 )
-from hpcpipe.kernels.exponential import exp_short
 from hpcpipe.kernels.jit import kernel
+from hpcpipe.kernels.powers import exponential
 from hpcpipe.kernels.vectors import (
     FLOAT,
     FLOATS,
     LANES,
     PAIRS,
-    WORDS,
     constant,
     declare,
-    fma,
     load,
     place,
     rounded,
@@ -48,32 +47,10 @@ from hpcpipe.kernels.vectors import (
 # numba has no types for the names that it exports.
 carray: Any = numba.carray  # type: ignore[attr-defined]
 
-_LEFT_BYTES = 1 << 18  # of the left operand, which stay in the second-level cache while panels stream past
-_AT_ONCE = 4096  # columns, which stay in the first-level cache between two passes
+_LEFT_BYTES = 1 << 19  # of the left operand, which stay in the second-level cache while the table streams past
 _LOWEST = np.float32(-3.4e38)
 # How far a logit may lie above the highest one that is known: sums of exponentials stay far below overflow.
 _LEEWAY = 16.0
-_LOG2_E = 1.4426950408889634
-_LOG2_E_REST = _LOG2_E - float(np.float32(_LOG2_E))
-# Minimax in relative error for 2**x - 1 on |x| <= 1/2.
-_SERIES = (0.0013264652807265520, 0.0096715111285448074, 0.055507339537143707, 0.24022242426872253, 0.69314700365066528)
-# Adding it leaves the nearest whole number, with float32's exponent bias on top, in the lowest bits.
-_WHOLE = 1.5 * 2**23 + 127
-_UNDERFLOW = -87.0
-
-
-def _exponential(builder: Any, x: Any) -> Any:
-    """Compute e**x for x <= 88, zero below -87; off by at most 2 units in the last place, and NaN stays NaN."""
-    moved = fma(builder, x, constant(_LOG2_E), constant(_WHOLE))
-    whole = builder.fsub(moved, constant(_WHOLE))
-    rest = fma(builder, x, constant(_LOG2_E), builder.fneg(whole))
-    rest = fma(builder, x, constant(_LOG2_E_REST), rest)
-    value = constant(_SERIES[0])
-    for coefficient in (*_SERIES[1:], 1.0):
-        value = fma(builder, value, rest, constant(coefficient))
-    power = builder.shl(builder.bitcast(moved, WORDS), ir.Constant(WORDS, [23] * LANES))
-    value = builder.fmul(value, builder.bitcast(power, FLOATS))
-    return builder.select(builder.fcmp_ordered("<", x, constant(_UNDERFLOW)), constant(0.0), value)
 
 
 def _larger(builder: Any, a: Any, b: Any) -> Any:
@@ -104,10 +81,10 @@ def _finish_row(typing: Any, row: Any, target: Any, highest: Any, total: Any) ->
             largest = declare(builder, "llvm.vector.reduce.fmax.v16f32", FLOAT, [FLOATS])
             new = builder.call(largest, [_larger(builder, even, odd)])
             builder.store(new, known, align=4)
-            factor = _exponential(builder, builder.fsub(before, splat(builder, new, FLOATS)))
+            factor = exponential(builder, builder.fsub(before, splat(builder, new, FLOATS)))
             store(builder, builder.fmul(load(builder, total), factor), total)
         reference = splat(builder, builder.load(known, align=4), FLOATS)
-        terms = [_exponential(builder, builder.fsub(values, reference)) for values in (even, odd)]
+        terms = [exponential(builder, builder.fsub(values, reference)) for values in (even, odd)]
         store(builder, builder.fadd(load(builder, total), builder.fadd(*terms)), total)
         return context.get_dummy_value()
 
@@ -249,21 +226,26 @@ def cross_entropy_backward_bf16(
     first, last : int
         Rows; threads may share them in any way.
     """
+    padded = (vocab + COLUMNS - 1) // COLUMNS * COLUMNS
     for row in range(first, last):
-        gradient[row, vocab : (vocab + COLUMNS - 1) // COLUMNS * COLUMNS] = 0
-        line, target = logits[row, :vocab], gradient[row, :vocab]
         coefficient = coefficients[row]
         if coefficient == 0:
-            target[:] = 0
+            gradient[row, :padded] = 0
             continue
-        row_lse = lse[row]
+        target, row_lse = targets[row], lse[row]
         # By itself, in float64: where the probability is near 1, what is left is the error of the exponential.
-        distance = np.float64(widen(line[targets[row]])) - np.float64(row_lse)
+        distance = np.float64(widen(logits[row, target])) - np.float64(row_lse)
         of_target = np.float32(np.float64(coefficient) * math.expm1(distance))
-        # Copied first, so that the costly loop is the same vector code whether or not gradient is logits.
-        for start in range(0, vocab, _AT_ONCE):
-            part = target[start : start + _AT_ONCE]
-            part[:] = line[start : start + _AT_ONCE]
-            for v in range(part.shape[0]):
-                part[v] = np.uint16(round_bits(coefficient * exp_short(widen(part[v]) - row_lse)))
-        target[targets[row]] = np.uint16(round_bits(of_target))
+        source = logits.ctypes.data + row * logits.strides[0]
+        to = gradient.ctypes.data + row * gradient.strides[0]
+        factor, shift = lanes.splat(coefficient), lanes.splat(row_lse)
+        for offset in range(0, padded * 2, COLUMNS * 2):
+            low = lanes.subtract(lanes.widen(source + offset), shift)
+            high = lanes.subtract(lanes.widen(source + offset + LANES * 2), shift)
+            lanes.round_two(
+                lanes.multiply(lanes.short_exponential(low), factor),
+                lanes.multiply(lanes.short_exponential(high), factor),
+                to + offset,
+            )
+        gradient[row, vocab:padded] = 0
+        gradient[row, target] = np.uint16(round_bits(of_target))

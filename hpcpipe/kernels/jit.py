@@ -132,8 +132,8 @@ CACHE_DIRECTORY = find_cache_directory()
 @overload
 def kernel(function: Function) -> Function: ...
 @overload
-def kernel(*, reorder: bool = False, inline: bool = False) -> Callable[[Function], Function]: ...
-def kernel(function: Function | None = None, *, reorder: bool = False, inline: bool = False) -> Any:
+def kernel(*, reorder: bool) -> Callable[[Function], Function]: ...
+def kernel(function: Function | None = None, *, reorder: bool = False) -> Any:
     """Compile a function for the processor it runs on, at its first call with given argument types.
 
     The compiled code releases the interpreter's lock, divides as numpy does (by zero gives infinity or NaN, not an
@@ -148,9 +148,6 @@ def kernel(function: Function | None = None, *, reorder: bool = False, inline: b
         that are written, wherever it lies in its array. With it the order of a sum depends on the number of terms
         and on the processor, and on nothing else. Not for a function that kernels call: it exists once by itself and
         once inside its caller, in other orders, and the process that compiles runs another one than those that load.
-    inline : bool
-        Whether the function becomes a part of the kernels that call it before they are compiled, and follows their
-        rules for sums.
 
     Returns
     -------
@@ -158,16 +155,15 @@ def kernel(function: Function | None = None, *, reorder: bool = False, inline: b
         The compiled function, with the signature of ``function``.
     """
     if function is None:
-        return lambda decorated: _compile(decorated, _REORDER if reorder else False, inline)
-    return _compile(function, False, False)
+        return lambda decorated: _compile(decorated, _REORDER if reorder else False)
+    return _compile(function, False)
 
 
-def _compile(function: Function, fastmath: set[str] | bool, inline: bool) -> Any:
+def _compile(function: Function, fastmath: set[str] | bool) -> Any:
     """Hand the function to numba with our cache directory, and leave numba's own setting as it was."""
     saved = _settings.CACHE_DIR
     _settings.CACHE_DIR = str(CACHE_DIRECTORY)
     try:
-        how = "always" if inline else "never"
-        return numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath, inline=how)(function)
+        return numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=fastmath)(function)
     finally:
         _settings.CACHE_DIR = saved

@@ -11,7 +11,7 @@ from numba import types
 from numba.core.datamodel import models
 from numba.extending import intrinsic, register_model
 
-from hpcpipe.kernels import vectors
+from hpcpipe.kernels import powers, vectors
 from hpcpipe.kernels.vectors import FLOATS, I16, I32, LANES, PAIRS, WORDS, place
 
 
@@ -19,7 +19,7 @@ class _Vector(types.Type):
     """Numba's type of 16 float32."""
 
     def __init__(self) -> None:
-        super().__init__("vector of 16 float32")  # type: ignore[no-untyped-call]
+        super().__init__("vector of 16 float32")
 
 
 @register_model(_Vector)
@@ -27,7 +27,7 @@ class _VectorModel(models.PrimitiveModel):
     """A vector is kept in one register, or in several where they are shorter."""
 
     def __init__(self, manager: Any, kind: Any) -> None:
-        super().__init__(manager, kind, FLOATS)
+        super().__init__(manager, kind, FLOATS)  # type: ignore[no-untyped-call]
 
 
 _VECTOR = _Vector()
@@ -87,5 +87,7 @@ subtract = _operation(lambda builder, a, b: builder.fsub(a, b), _VECTOR, _VECTOR
 multiply = _operation(lambda builder, a, b: builder.fmul(a, b), _VECTOR, _VECTOR, _VECTOR)
 fma = _operation(vectors.fma, _VECTOR, _VECTOR, _VECTOR, _VECTOR)
 """Return a * b + c, rounded once."""
+short_exponential = _operation(powers.short_exponential, _VECTOR, _VECTOR)
+"""Return e**x for what is rounded to bfloat16 (`hpcpipe.kernels.powers`)."""
 total = _operation(_sum, types.float32, _VECTOR)
 """Return the sum of the lanes: halves are added to halves, down to one."""
