@@ -88,10 +88,13 @@ def pack_tile(
             if row + DEPTH <= depth and column + COLUMNS <= columns:
                 address = source.ctypes.data + row * source.strides[0] + column * 4
                 target = packed.ctypes.data + start * 4
-                if past_caches:
-                    zip_floats_past_caches(address, source.strides[0], target)
-                else:
-                    zip_floats(address, source.strides[0], target)
+                for _ in range(DEPTH // 2):
+                    if past_caches:
+                        zip_floats_past_caches(address, address + source.strides[0], target)
+                    else:
+                        zip_floats(address, address + source.strides[0], target)
+                    address += 2 * source.strides[0]
+                    target += 64
             else:
                 _round_remainder(source, row, column, True, words[start : start + _STEP])
     if past_caches:

@@ -125,23 +125,18 @@ def _transposed_floats(past_caches: bool) -> Any:
 
 
 def _zipped_floats(past_caches: bool) -> Any:
-    """Make the intrinsic that rounds 32 rows of 32 float32 and packs them as `_zip_rows` does."""
+    """Make the intrinsic that rounds two rows of 32 float32 and packs them as `_zip_rows` does."""
 
     @intrinsic
-    def zip_floats(typing: Any, source: Any, source_stride: Any, target: Any) -> Any:
+    def zip_floats(typing: Any, low: Any, high: Any, target: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            source, source_stride, target = arguments
+            low, high, target = arguments
             lanes = [i // 2 + _LANES * (i % 2) for i in range(2 * _LANES)]
             zipped = ir.Constant(ir.VectorType(_I32, 2 * _LANES), lanes)
-            for pair in range(_LANES):
-                low, high = (
-                    builder.add(source, builder.mul(source_stride, ir.Constant(_I64, row)))
-                    for row in (2 * pair, 2 * pair + 1)
-                )
-                for half in range(2):
-                    apart = rounded(builder, load(builder, low, half * 64), load(builder, high, half * 64))
-                    words = builder.shuffle_vector(apart, ir.Constant(_PAIRS, ir.Undefined), zipped)
-                    _store_line(builder, words, target, half * 1024 + pair * 64, past_caches)
+            for half in range(2):
+                apart = rounded(builder, load(builder, low, half * 64), load(builder, high, half * 64))
+                words = builder.shuffle_vector(apart, ir.Constant(_PAIRS, ir.Undefined), zipped)
+                _store_line(builder, words, target, half * 1024, past_caches)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, types.int64), emit

@@ -9,6 +9,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
+from hpcpipe.kernels.powers import LONG, power_of_two
 from hpcpipe.kernels.vectors import (
     FLOAT,
     FLOATS,
@@ -34,23 +35,13 @@ from hpcpipe.kernels.vectors import (
 
 LANE_BYTES = 64
 """Of a vector of lanes."""
-# Minimax in relative error for 2**x - 1 on |x| <= 1/2 (1.1e-7 with these roundings); 2**0 is 1 exactly.
-_SERIES = (0.0013264652807265520, 0.0096715111285448074, 0.055507339537143707, 0.24022242426872253, 0.69314700365066528)
-# Adding it leaves the nearest whole number, with float32's exponent bias on top, in the lowest bits.
-_WHOLE = 1.5 * 2**23 + 127
 _LOWEST = -126.0
 
 
 def _power_of_two(builder: Any, x: Any) -> Any:
     """Compute 2**x for x <= 127; below -126 it is zero, and NaN stays NaN."""
-    moved = builder.fadd(x, constant(_WHOLE))
-    rest = builder.fsub(x, builder.fsub(moved, constant(_WHOLE)))
-    value = constant(_SERIES[0])
-    for coefficient in (*_SERIES[1:], 1.0):
-        value = fma(builder, value, rest, constant(coefficient))
-    power = builder.shl(builder.bitcast(moved, WORDS), ir.Constant(WORDS, [23] * LANES))
-    value = builder.fmul(value, builder.bitcast(power, FLOATS))
-    return builder.select(builder.fcmp_ordered("<", x, constant(_LOWEST)), constant(0.0), value)
+    low = builder.fcmp_ordered("<", x, constant(_LOWEST))
+    return builder.select(low, constant(0.0), power_of_two(builder, x, LONG))
 
 
 def _larger(builder: Any, a: Any, b: Any) -> Any:
