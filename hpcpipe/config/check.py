@@ -21,7 +21,7 @@ Check = Callable[[Config, int], str | None]
 CHOICES = {
     "model.kind": ("gpt2",),
     "train.precision": ("auto", "bf16", "f32"),
-    "train.recompute": ("none", "full"),
+    "train.recompute": ("none", "selective", "full"),
     "telemetry.console": ("auto", "terminal", "lines", "quiet"),
 }
 POSITIVE = (

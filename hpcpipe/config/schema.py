@@ -81,7 +81,7 @@ class TrainConfig:
     betas: tuple[float, float] = key((0.9, 0.95), "AdamW's decay rates of the two moments")
     clip: float = key(1.0, "global gradient norm above which gradients are scaled down; 0: never")
     eval_every: int = key(0, "steps between evaluations; 0: only at the end")
-    recompute: str = key("none", "activations recomputed in the backward: none or full")
+    recompute: str = key("none", "activations recomputed in the backward: none, selective (only what is cheap) or full")
     sample_tokens: int = key(200, "tokens of text written at the end; 0: none")
 
 

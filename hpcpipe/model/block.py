@@ -9,10 +9,11 @@ import math
 
 from hpcpipe.config.schema import ModelConfig
 from hpcpipe.model.embedding import INITIAL_STD
+from hpcpipe.model.layer import KeepsEverything
 from hpcpipe.model.tensors import TensorSpec
 
 
-class Block:
+class Block(KeepsEverything):
     """Block number `index` of a model, without its arithmetic.
 
     Parameters

@@ -25,6 +25,7 @@ class Float32Block(Block):
     """
 
     packed: tuple[str, ...] = ()
+    cheap = ("normed1", "normed2", "activated")
 
     def stash_shapes(self, batch: int) -> BufferShapes:
         """Return the shapes of the activations that the backward reads."""
@@ -60,12 +61,15 @@ class Float32Block(Block):
     def scratch_shapes(self, batch: int, num_threads: int = 1) -> BufferShapes:
         """Return the shapes of the scratch of the three calls."""
         model = self._model
+        forward, backward_input, backward_weight = range(3)
         return {
-            "attention": f32(attention_scratch(model.context, model.width, model.heads)),
-            "d_attended": f32(batch * model.context, model.width),
-            "matrix": f32(4 * model.width * model.width),
-            "bias": f32(4 * model.width),
-            "norm": f32(2, model.width),
+            "attention": f32(attention_scratch(model.context, model.width, model.heads)).used_in(
+                forward, backward_input
+            ),
+            "d_attended": f32(batch * model.context, model.width).used_in(backward_input),
+            "matrix": f32(4 * model.width * model.width).used_in(backward_weight),
+            "bias": f32(4 * model.width).used_in(backward_weight),
+            "norm": f32(2, model.width).used_in(backward_weight),
         }
 
     def forward(
@@ -149,4 +153,13 @@ class Float32Block(Block):
             gradients["norm1/bias"],
             scratch["norm"],
         )
+        poll()
+
+    def recompute(self, weights: Arrays, x: np.ndarray, buffers: Buffers, poll: Poll) -> None:
+        """Compute the outputs of both norms and of GELU again."""
+        s = buffers.stash
+        norm1, norm2 = (s["normed1"], s["mean1"], s["rstd1"]), (s["normed2"], s["mean2"], s["rstd2"])
+        layernorm_forward(x, weights["norm1/weight"], weights["norm1/bias"], *norm1)
+        layernorm_forward(s["middle"], weights["norm2/weight"], weights["norm2/bias"], *norm2)
+        gelu_forward(s["hidden"], s["activated"])
         poll()

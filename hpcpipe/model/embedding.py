@@ -4,14 +4,14 @@ import numpy as np
 
 from hpcpipe.config.schema import ModelConfig
 from hpcpipe.kernels import embedding
-from hpcpipe.model.layer import Arrays, Buffers, Microbatch, Poll
+from hpcpipe.model.layer import Arrays, Buffers, KeepsEverything, Microbatch, Poll
 from hpcpipe.model.tensors import BufferShapes, TensorSpec, f32
 
 TOKEN_TABLE = "embedding/token/weight"
 INITIAL_STD = 0.02
 
 
-class Embedding:
+class Embedding(KeepsEverything):
     """Adds a token's vector to its position's.
 
     Parameters

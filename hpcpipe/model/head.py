@@ -9,13 +9,13 @@ import numpy as np
 
 from hpcpipe.config.schema import ModelConfig
 from hpcpipe.model.embedding import INITIAL_STD, TOKEN_TABLE
-from hpcpipe.model.layer import Arrays
+from hpcpipe.model.layer import Arrays, KeepsEverything
 from hpcpipe.model.tensors import TensorSpec
 
 TABLE = "head/weight"
 
 
-class Head(ABC):
+class Head(KeepsEverything, ABC):
     """Turns the residual stream into logits and a loss, without the arithmetic.
 
     Parameters

@@ -21,6 +21,7 @@ class Float32Head(Head):
     """
 
     packed: tuple[str, ...] = ()
+    cheap = ("normed",)
 
     def stash_shapes(self, batch: int) -> BufferShapes:
         """Return the shapes of the normed stream, the logits, and the log-sum-exp of each row."""
@@ -81,4 +82,10 @@ class Float32Head(Head):
         layernorm_backward_weight(
             up["d_normed"], x, s["mean"], s["rstd"], gradients["norm/weight"], gradients["norm/bias"], scratch["norm"]
         )
+        poll()
+
+    def recompute(self, weights: Arrays, x: np.ndarray, buffers: Buffers, poll: Poll) -> None:
+        """Compute the output of the norm again."""
+        s = buffers.stash
+        layernorm_forward(x, weights["norm/weight"], weights["norm/bias"], s["normed"], s["mean"], s["rstd"])
         poll()

@@ -84,6 +84,11 @@ class Layer(Protocol):
         """
         ...
 
+    @property
+    def cheap(self) -> tuple[str, ...]:
+        """The names in its stash that `recompute` can fill again; only `forward` and `backward_weight` may use them."""
+        ...
+
     def stash_shapes(self, batch: int) -> BufferShapes:
         """Return the shapes of the stash for a batch of samples."""
         ...
@@ -117,3 +122,19 @@ class Layer(Protocol):
     ) -> None:
         """Add the gradients of the layer's tensors."""
         ...
+
+    def recompute(self, weights: Arrays, x: np.ndarray, buffers: Buffers, poll: Poll) -> None:
+        """Fill the cheap part of the stash from `x` and the rest of it, with the bits that `forward` left there.
+
+        Called before `backward_weight` where the cheap part is not kept.
+        """
+        ...
+
+
+class KeepsEverything:
+    """A layer with no stash that is cheap to compute again."""
+
+    cheap: tuple[str, ...] = ()
+
+    def recompute(self, weights: Arrays, x: np.ndarray, buffers: Buffers, poll: Poll) -> None:
+        """Do nothing."""

@@ -1,6 +1,6 @@
 """Where the buffers of a rank's stages lie: planned from the rank's list of actions, before there is any memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -32,7 +32,8 @@ class StageShape:
     stream_shape : (int, int)
         Of the residual stream.
     recompute : str
-        What the backward computes again: ``none`` or ``full``.
+        What the backward computes again: ``none``, ``selective`` (what layers call cheap) or ``full`` (everything but
+        the residual streams between layers).
     num_threads : int
         Threads that share its products.
     """
@@ -42,6 +43,12 @@ class StageShape:
     stream_shape: tuple[int, int]
     recompute: str = "none"
     num_threads: int = 1
+
+    def kept(self, layer: Layer, stash: Collection[str]) -> list[str]:
+        """Return what a microbatch keeps, of the names in a layer's stash, until its backward."""
+        if self.recompute == "full":
+            return []
+        return [name for name in stash if self.recompute == "none" or name not in layer.cheap]
 
 
 @dataclass(frozen=True)
@@ -86,15 +93,15 @@ class StageLayout:
     """
 
     def __init__(self, shape: StageShape, is_forward_only: bool, has_whole_backward: bool) -> None:
-        keeps_stash = shape.recompute == "none" and not is_forward_only
         self._stash, self._upstream, self._working = [], [], []
         for layer in shape.layers:
             stash, upstream = layer.stash_shapes(shape.batch), layer.upstream_shapes(shape.batch)
-            self._stash.append(_stacked(stash if keeps_stash else {}))
+            kept = () if is_forward_only else shape.kept(layer, stash)
+            self._stash.append(_stacked({name: stash[name] for name in kept}))
             self._upstream.append(_stacked({} if is_forward_only else upstream))
             parts = {
                 "scratch": layer.scratch_shapes(shape.batch, shape.num_threads),
-                "stash": {} if keeps_stash else stash,
+                "stash": {name: spec for name, spec in stash.items() if name not in kept},
                 "upstream": upstream if has_whole_backward else {},
             }
             self._working.append(_in_turn(parts))

@@ -43,7 +43,8 @@ class Stage:
     batch, context, width : int
         Samples per microbatch, tokens per sample, size of the residual stream.
     recompute : str
-        ``full``: keep only the residual streams and compute the rest again in the backward; ``none``: keep everything.
+        ``none``: keep everything; ``selective``: compute again in the backward what layers call cheap; ``full``: keep
+        only the residual streams.
     team : Team
         The threads that share its products.
 
@@ -67,7 +68,7 @@ class Stage:
         self.shape = StageShape(self.layers, batch, (batch * context, width), recompute, team.num_threads)
         self._team = team
         self._weights = [parameters.weights_of(layer) for layer in layers]
-        self._repeats_forward = recompute == "full"
+        self._repeats_forward, self._repeats_cheap = recompute == "full", recompute == "selective"
         self._bound: tuple[StageLayout, Working] | None = None
 
     def bind(self, layout: StageLayout, memory: Memory) -> None:
@@ -193,8 +194,10 @@ class Stage:
         poll: Poll,
     ) -> None:
         buffers = Buffers(stash.layers[index], upstream[index], self._working.scratch[index], self._team)
-        x = stash.streams[index - 1] if index else x
-        self.layers[index].backward_weight(gradients[index], microbatch, x, buffers, poll)
+        x, layer = stash.streams[index - 1] if index else x, self.layers[index]
+        if self._repeats_cheap and layer.cheap:
+            layer.recompute(self._weights[index], x, buffers, poll)
+        layer.backward_weight(gradients[index], microbatch, x, buffers, poll)
 
     def _forward_again(self, index: int, microbatch: Microbatch, x: np.ndarray, stash: Stash, poll: Poll) -> None:
         buffers = Buffers(stash.layers[index], {}, self._working.scratch[index], self._team)

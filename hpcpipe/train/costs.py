@@ -134,7 +134,7 @@ def observed_costs(
         On rank 0, None on the others.
     """
     is_apart = {action.stage for action in schedule.actions[grid.stage_rank] if action.kind is Kind.I}
-    recompute = config.train.recompute == "full"
+    recompute = config.train.recompute
     seen: dict[str, list[tuple[float, float]]] = {kind: [] for kind in _KINDS}
     for index, stage in stages.items():
         for place, layer in enumerate(stage.layers):
@@ -154,11 +154,14 @@ def observed_costs(
     return MeasuredCosts(embedding, block, head, costs.message_s, now(), from_cache=False)
 
 
-def _observed(layer: TimedLayer, costs: LayerCosts, is_apart: bool, recompute: bool) -> tuple[float, float]:
+def _observed(layer: TimedLayer, costs: LayerCosts, is_apart: bool, recompute: str) -> tuple[float, float]:
     """Return a layer's forward, and its backward as a multiple of what was known."""
     forward = layer.mean_s("forward")
     backward = layer.mean_s("backward_input") + layer.mean_s("backward_weight")
-    backward += forward * recompute * (2 if is_apart else 1)
+    if recompute == "full":
+        backward += forward * (2 if is_apart else 1)
+    elif layer.taken["recompute"]:
+        backward += layer.mean_s("recompute")
     known = costs.backward_input + costs.backward_weight if is_apart else costs.backward
     return forward, backward / known if known > 0 else 1.0
 

@@ -82,7 +82,8 @@ def require_memory(needed_bytes: int, num_local_ranks: int, available_bytes: int
         raise UsageError(
             f"the model and its activations need {_gib(needed_bytes)} per rank, {_gib(total)} for the"
             f" {num_local_ranks} ranks of a node, and {_gib(available_bytes)} are free: use more nodes, set"
-            ' train.recompute = "full", or lower parallel.microbatch_size, model.context, model.width or model.layers'
+            ' train.recompute = "selective" or "full", or lower parallel.microbatch_size, model.context, model.width or'
+            " model.layers"
         )
 
 

@@ -27,17 +27,18 @@ class TimedLayer:
     Attributes
     ----------
     taken : dict of str to deque of float
-        Seconds of the last 4096 calls of ``forward``, ``backward_input`` and ``backward_weight``.
+        Seconds of the last 4096 calls of ``forward``, ``backward_input``, ``backward_weight`` and ``recompute``.
     """
 
     def __init__(self, layer: Layer) -> None:
-        self.prefix, self.tensors, self.packed = layer.prefix, layer.tensors, layer.packed
+        self.prefix, self.tensors, self.packed, self.cheap = layer.prefix, layer.tensors, layer.packed, layer.cheap
         self.stash_shapes, self.upstream_shapes = layer.stash_shapes, layer.upstream_shapes
         self.scratch_shapes, self.forward_flops = layer.scratch_shapes, layer.forward_flops
         self.taken: dict[str, deque[float]] = {}
         self.forward = self._timed("forward", layer.forward)
         self.backward_input = self._timed("backward_input", layer.backward_input)
         self.backward_weight = self._timed("backward_weight", layer.backward_weight)
+        self.recompute = self._timed("recompute", layer.recompute)
 
     def forget(self) -> None:
         """Drop what has been timed so far."""

@@ -93,8 +93,10 @@ def test_same_bits_with_synchronous_sends_and_delays(comm):
 
 def test_same_bits_when_activations_are_recomputed(comm):
     expected, _ = train_alone(microbatches=3)
-    found, _ = train(comm, comm.size, 1, microbatches=3, recompute="full")
-    assert found == expected
+    for recompute in ("selective", "full"):
+        for schedule in ("1f1b", "zb-h1"):
+            found, _ = train(comm, comm.size, 1, microbatches=3, recompute=recompute, schedule=schedule)
+            assert found == expected
 
 
 def test_same_bits_for_an_uneven_partition(comm):

@@ -23,7 +23,7 @@ from hpcpipe.train.predict import costs_of, layers_of_stages, predict_step
 from hpcpipe.train.profile import LayerCosts, profile_layers
 
 BLOCK = LayerCosts(1.0, 1.0, 1.0, 2.0, 0.1)
-TICKS = {"forward": 10, "backward_input": 100, "backward_weight": 1000}
+TICKS = {"forward": 10, "backward_input": 100, "backward_weight": 1000, "recompute": 4}
 
 
 def measured(embedding=0.0, head=0.0, message_s=0.0):
@@ -242,7 +242,7 @@ def clock(monkeypatch):
 @pytest.mark.usefixtures("clock")
 def test_layers_are_timed():
     for factor, costs in enumerate(profile_layers(config(1)), start=1):
-        forward, backward_input, backward_weight = (factor * ticks + 1 for ticks in TICKS.values())
+        forward, backward_input, backward_weight, _ = (factor * ticks + 1 for ticks in TICKS.values())
         whole = backward_input + backward_weight
         assert costs == LayerCosts(forward, backward_input, backward_weight, whole, update=1)
 
@@ -256,6 +256,17 @@ def test_recomputing_costs_a_forward_more():
         assert after.forward == before.forward and after.update == before.update
         for part in ("backward_input", "backward_weight", "backward"):
             assert getattr(after, part) == getattr(before, part) + before.forward
+
+
+@pytest.mark.usefixtures("clock")
+def test_recomputing_what_is_cheap_makes_weight_gradients_longer():
+    setting = config(1)
+    plain = profile_layers(setting)
+    again = profile_layers(replace(setting, train=replace(setting.train, recompute="selective")))
+    for factor, (before, after) in enumerate(zip(plain, again, strict=True), start=1):
+        # The embedding has nothing to compute again; the others read the clock once more.
+        more = factor * TICKS["recompute"] + 1 if factor > 1 else 0
+        assert after == replace(before, backward_weight=before.backward_weight + more, backward=before.backward + more)
 
 
 def test_the_cache_is_fresh_whole_and_of_this_machine(tmp_path, monkeypatch):

@@ -101,7 +101,7 @@ def test_a_resolved_configuration_resolves_to_itself(steps):
         ),
         (1, {"parallel": {"timeout_s": 0.0}}, ["parallel.timeout_s = 0.0", "above 0"]),
         (1, {"train": {"precision": "f16"}}, ['train.precision = "f16"', '"auto" or "bf16" or "f32"']),
-        (1, {"train": {"recompute": "some"}}, ["train.recompute", '"none" or "full"']),
+        (1, {"train": {"recompute": "some"}}, ["train.recompute", '"none" or "selective" or "full"']),
         (1, {"train": {"steps": 0}}, ["train.steps = 0", "at least 1"]),
         (1, {"train": {"betas": (0.9, 1.0)}}, ["train.betas = [0.9, 1.0]", "1"]),
         (1, {"train": {"learning_rate": 1e-5}}, ["train.min_learning_rate = 0.0001", "1e-05"]),

@@ -51,7 +51,7 @@ def allocate(config, program, rank, replica):
     return executor, evaluator
 
 
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe", "interleaved", "zb-h1", "zb-v", "v-half", "dualpipe-v"])
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("data", [1, 4])
@@ -70,7 +70,7 @@ def test_the_prediction_is_what_is_allocated(schedule, recompute, rank, data):
 
 @pytest.mark.parametrize("name", [name for name in GENERATORS if name != "forward"])
 @pytest.mark.parametrize(("ranks", "microbatches"), [(1, 1), (2, 1), (2, 4), (4, 3), (4, 8)])
-@pytest.mark.parametrize("recompute", ["none", "full"])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_an_evaluation_fits_where_training_computes(name, ranks, microbatches, recompute):
     """Both have one block, so the number of held-out samples does not count."""
     try:

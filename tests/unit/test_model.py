@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from hpcpipe.config.schema import ModelConfig
+from hpcpipe.memory.layout import new_memory
 from hpcpipe.model.gpt2 import build_layers, count_parameters
 from hpcpipe.model.initial import fill_initial
 from hpcpipe.model.layer import Microbatch
 from hpcpipe.model.partition import balance, balance_blocks, partition
+from hpcpipe.pipeline.buffers import StageLayout
 from hpcpipe.pipeline.parameters import Parameters
 from hpcpipe.pipeline.stage import Stage
 
@@ -38,8 +40,8 @@ def make_stage(model, recompute="none", batch=BATCH):
     return Stage(layers, parameters, batch, model.context, model.width, recompute), parameters
 
 
-def run(stage, parameters, data, split=False):
-    """Return the loss and the gradients of one microbatch."""
+def run(stage, parameters, data, split=False, between=lambda: None):
+    """Return the loss and the gradients of one microbatch; `between` is called before each action but the first."""
     gradients = parameters.new_gradients()
     per_layer = [
         {tensor.name.removeprefix(layer.prefix): gradients.arrays[tensor.name] for tensor in layer.tensors}
@@ -47,9 +49,11 @@ def run(stage, parameters, data, split=False):
     ]
     x, out, d, stash = stage.new_stream(), stage.new_stream(), stage.new_stream(), stage.new_stash()
     stage.forward(data, x, out, stash, lambda: None)
+    between()
     if split:
         upstream = stage.new_upstream()
         stage.backward_input(data, x, d, stash, upstream, lambda: None)
+        between()
         stage.backward_weight(data, x, stash, upstream, per_layer, lambda: None)
     else:
         stage.backward(data, x, d, stash, stage.shared_upstream(), per_layer, lambda: None)
@@ -116,11 +120,41 @@ def test_gradient_of_every_tensor_against_finite_differences(tied):
 
 def test_recomputing_and_splitting_the_backward_keep_the_bits():
     results = []
-    for recompute, split in itertools.product(("none", "full"), (False, True)):
+    for recompute, split in itertools.product(("none", "selective", "full"), (False, True)):
         stage, parameters = make_stage(MODEL, recompute)
         loss, gradients = run(stage, parameters, microbatch(MODEL), split)
         results.append((loss, gradients.flat.tobytes()))
     assert all(result == results[0] for result in results)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_nothing_outlives_an_action_in_working_memory(recompute, split):
+    """What is computed again comes from what is kept: all else is not a number when the backward begins."""
+    stage, parameters = make_stage(MODEL, recompute)
+    layout = StageLayout(stage.shape, is_forward_only=False, has_whole_backward=not split)
+    memory = new_memory(layout.working_extent, "test")
+    stage.bind(layout, memory)
+    loss, gradients = run(stage, parameters, microbatch(MODEL), split, between=lambda: memory.plain.fill(0xFF))
+    expected_loss, expected = run(*make_stage(MODEL), microbatch(MODEL))
+    assert loss == expected_loss and gradients.flat.tobytes() == expected.flat.tobytes()
+
+
+def test_selective_recomputation_keeps_what_is_costly():
+    extents = {}
+    for recompute in ("none", "selective", "full"):
+        stage, _ = make_stage(MODEL, recompute)
+        layout = StageLayout(stage.shape, is_forward_only=False, has_whole_backward=True)
+        extents[recompute] = layout.kept_extent.plain
+    cheap = sum(
+        -(-spec.num_bytes // 64) * 64
+        for layer in stage.layers
+        for name, spec in layer.stash_shapes(BATCH).items()
+        if name in ("normed", "normed1", "normed2", "activated")
+    )
+    stream = -(-4 * BATCH * MODEL.context * MODEL.width // 64) * 64
+    assert extents["none"] - extents["selective"] == cheap > 0.3 * extents["none"]
+    assert extents["full"] == stream * (len(stage.layers) - 1)
 
 
 def test_a_sample_does_not_see_the_rest_of_its_batch():
