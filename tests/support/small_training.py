@@ -42,12 +42,15 @@ class Training:
         clip: float = CLIP,
         steps: int = 10,
         samples: object = None,
+        precision: str = "auto",
         **parallel: object,
     ) -> None:
         config = Config(
             model=ModelConfig(layers=layers, width=width, heads=3, context=6, vocab=11, tied=tied),
             parallel=ParallelConfig(pipeline=pipeline, data=data, microbatch_size=2, **parallel),
-            train=TrainConfig(steps=steps, learning_rate=1e-2, warmup_steps=1, clip=clip, recompute=recompute),
+            train=TrainConfig(
+                steps=steps, learning_rate=1e-2, warmup_steps=1, clip=clip, recompute=recompute, precision=precision
+            ),
         )
         config = resolve(config, comm.size)
         self.schedule = build_schedule(config)

@@ -1,5 +1,6 @@
 """Block products on tiles: on those of the processor, or on emulated ones where it has none."""
 
+import json
 import os
 import platform
 import signal
@@ -12,6 +13,7 @@ import pytest
 from support import tile_emulator
 from support.tile_products import MARGIN, UNTOUCHED, save
 
+from hpcpipe.errors import UsageError
 from hpcpipe.kernels import features
 
 TESTS = Path(__file__).parents[1]
@@ -19,6 +21,7 @@ NAN = 0x7FC0
 STEPS = (1, 2, 3, 24)
 CASES = [(steps, accumulate) for steps in STEPS for accumulate in (False, True)]
 NUM_CASES = len(CASES) + 2
+VECTORS = features.family() if features.family() != "amx" else "avx512_bf16"
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="tiles are x86-64's"),
@@ -28,10 +31,12 @@ pytestmark = [
 ]
 
 
-def run(*words):
-    """Run a module in an interpreter whose numba knows tiles."""
+def run(*words, family="amx"):
+    """Run a module; for tiles, in an interpreter whose numba knows them."""
     command = [sys.executable, "-m", *map(str, words)]
-    environment = {**os.environ, **tile_emulator.environment(), "PYTHONPATH": str(TESTS), features.VARIABLE: "amx"}
+    environment = {**os.environ, "PYTHONPATH": str(TESTS), features.VARIABLE: family}
+    if family == "amx":
+        environment |= tile_emulator.environment()
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
 
 
@@ -142,3 +147,40 @@ def test_what_is_built_of_blocks_passes_its_tests_on_tiles(file):
     finished = run("support.tile_emulator", *pytest_words)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert " passed" in finished.stdout
+
+
+def test_training_on_tiles_is_training_on_vectors():
+    """Their sums differ in order, thus in last bits, which now and then round to another bfloat16."""
+    losses_and_norms = []
+    for words, family in ((("support.tile_emulator",), "amx"), ((), VECTORS)):
+        finished = run(*words, "support.training_in_bf16", family=family)
+        assert finished.returncode == 0, finished.stderr
+        one_thread, two_threads = json.loads(finished.stdout)
+        assert one_thread == two_threads
+        losses_and_norms.append(np.array(one_thread))
+    tiles, vectors = losses_and_norms
+    assert np.allclose(tiles[0], vectors[0], rtol=1e-6)
+    assert np.allclose(tiles, vectors, rtol=(1e-3, 1e-2))
+
+
+ALL_FEATURES = frozenset({"amx-tile", "amx-bf16", "avx512f", "avx512bf16"})
+
+
+@pytest.mark.parametrize(("granted", "family"), [(True, "amx"), (False, "avx512_bf16")])
+def test_tiles_are_chosen_where_the_kernel_grants_them(monkeypatch, granted, family):
+    monkeypatch.delenv(features.VARIABLE, raising=False)
+    monkeypatch.setattr(features, "compiler_features", lambda: ALL_FEATURES)
+    monkeypatch.setattr(features, "request_tiles", lambda: granted)
+    assert features.family.__wrapped__() == family
+
+
+def test_tiles_that_the_kernel_refuses_cannot_be_chosen_by_name(monkeypatch):
+    monkeypatch.setenv(features.VARIABLE, "amx")
+    monkeypatch.setattr(features, "compiler_features", lambda: ALL_FEATURES)
+    monkeypatch.setattr(features, "request_tiles", lambda: False)
+    with pytest.raises(UsageError, match=r"HPCPIPE_KERNELS = amx: .* avx512_bf16, vector"):
+        features.family.__wrapped__()
+
+
+def test_the_kernel_grants_tiles_only_where_there_are_some():
+    assert features.request_tiles() is not tile_emulator.is_needed()
