@@ -21,24 +21,28 @@ from hpcpipe.mpi.wait import Waiter
 pytestmark = pytest.mark.mpi(min_size=2)
 
 STEPS = fewer_steps(20)
+BFLOAT16_MICROBATCHES = 8
 
 
 def digest(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def train_alone(pipeline, microbatches):
+def train_alone(pipeline, microbatches, precision):
     """Return losses and norms of a single process with gpipe, and its weights' digests."""
     choices = {"microbatches": microbatches, "lanes": 1, "schedule": "gpipe", "layers": layers_of(pipeline)}
+    choices["precision"] = precision
     results, state = train(MPI.COMM_SELF, 1, 1, STEPS, **choices)
     return results, {name: digest(content) for name, content in owned_weights(state).items()}
 
 
 @functools.cache
-def references(pipeline):
+def references(pipeline, precision="f32"):
     """Return what a single process gets for each number of microbatches; each rank computes some, and all get all."""
     counts, comm = microbatch_counts(pipeline), MPI.COMM_WORLD
-    mine = {m: train_alone(pipeline, m) for index, m in enumerate(counts) if index % comm.size == comm.rank}
+    if precision == "bf16":
+        counts = [BFLOAT16_MICROBATCHES]
+    mine = {m: train_alone(pipeline, m, precision) for index, m in enumerate(counts) if index % comm.size == comm.rank}
     found = {}
     for index, m in enumerate(counts):
         content = pickle.dumps(mine[m]) if m in mine else None
@@ -46,10 +50,11 @@ def references(pipeline):
     return found
 
 
-def assert_same_bits(comm, variant, microbatches):
+def assert_same_bits(comm, variant, microbatches, precision="f32"):
     choices = {"microbatches": microbatches, "lanes": 1, "schedule": variant.name, "chunks": variant.chunks}
+    choices["precision"] = precision
     results, state = train(comm, comm.size, 1, STEPS, layers=layers_of(comm.size), recompute="full", **choices)
-    expected, digests = references(comm.size)[microbatches]
+    expected, digests = references(comm.size, precision)[microbatches]
     assert results == expected, (variant, comm.size, microbatches)
     weights = all_weights(state)
     different = [name for name, content in weights if digest(content) != digests[name]]
@@ -76,6 +81,21 @@ def test_the_comparison_can_fail_and_clipping_changes_the_bits(comm):
 def test_same_bits(comm, variant):
     for microbatches in always_run(variant, comm.size):
         assert_same_bits(comm, variant, microbatches)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_same_bits_with_bfloat16_operands(comm, variant):
+    if refusal(variant, comm.size, BFLOAT16_MICROBATCHES) is not None:
+        pytest.skip(f"not defined for {BFLOAT16_MICROBATCHES} microbatches on {comm.size} ranks")
+    assert_same_bits(comm, variant, BFLOAT16_MICROBATCHES, "bf16")
+
+
+def test_precisions_have_bits_of_their_own(comm):
+    expected = references(comm.size)
+    for microbatches, (results, _) in references(comm.size, "bf16").items():
+        if microbatches in expected:
+            assert results != expected[microbatches][0]
+        assert len(set(results)) == STEPS
 
 
 @pytest.mark.slow
