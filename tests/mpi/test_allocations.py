@@ -9,6 +9,8 @@ import pytest
 from support.allocations import counted_allocations
 from support.small_training import Training
 
+from hpcpipe.kernels.threads import Team
+
 pytestmark = pytest.mark.mpi(min_size=2)
 
 
@@ -30,10 +32,18 @@ def grids(comm, pipelines):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "recompute"),
-    [("1f1b", "none"), ("1f1b", "selective"), ("zb-h1", "full"), ("interleaved", "none"), ("zb-v", "selective")],
+    ("schedule", "recompute", "precision", "threads"),
+    [
+        ("1f1b", "none", "f32", 1),
+        ("1f1b", "selective", "f32", 1),
+        ("zb-h1", "full", "f32", 1),
+        ("interleaved", "none", "bf16", 2),
+        ("zb-v", "selective", "bf16", 1),
+        ("1f1b", "full", "bf16", 2),
+    ],
 )
-def test_steps_allocate_nothing(comm, schedule, recompute):
+def test_steps_allocate_nothing(comm, schedule, recompute, precision, threads):
+    team = Team(threads)
     for some, pipeline in grids(comm, (1, comm.size)):
         training = Training(
             some,
@@ -43,6 +53,9 @@ def test_steps_allocate_nothing(comm, schedule, recompute):
             schedule=schedule,
             layers=2 * some.size + 1,
             recompute=recompute,
+            precision=precision,
+            threads=threads,
+            team=team,
             samples=NoSamples(),
         )
         training.run(2)
@@ -51,3 +64,4 @@ def test_steps_allocate_nothing(comm, schedule, recompute):
         assert found == []
         assert len({result.loss for result in results}) == 4
         training.close()
+    team.close()

@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 from support.small_training import Training
 
+from hpcpipe.kernels.threads import Team
 from hpcpipe.memory.block import allocated_bytes
 from hpcpipe.train.footprint import predict_memory
 
@@ -13,11 +14,18 @@ pytestmark = pytest.mark.mpi(min_size=2)
 
 
 @pytest.mark.parametrize(
-    ("schedule", "recompute"),
-    [("1f1b", "none"), ("1f1b", "selective"), ("zb-h1", "full"), ("interleaved", "none"), ("zb-v", "selective")],
+    ("schedule", "recompute", "precision", "threads"),
+    [
+        ("1f1b", "none", "f32", 1),
+        ("1f1b", "selective", "f32", 1),
+        ("zb-h1", "full", "f32", 1),
+        ("interleaved", "none", "bf16", 2),
+        ("zb-v", "selective", "bf16", 1),
+        ("1f1b", "full", "bf16", 2),
+    ],
 )
-def test_every_rank_allocates_what_was_predicted(comm, schedule, recompute):
-    layers = 2 * comm.size
+def test_every_rank_allocates_what_was_predicted(comm, schedule, recompute, precision, threads):
+    layers, team = 2 * comm.size, Team(threads)
     data = 2 if comm.size % 2 == 0 else 1
     for pipeline in {comm.size, comm.size // data}:
         gc.collect()
@@ -30,6 +38,9 @@ def test_every_rank_allocates_what_was_predicted(comm, schedule, recompute):
             schedule=schedule,
             layers=layers,
             recompute=recompute,
+            precision=precision,
+            threads=threads,
+            team=team,
         )
         allocated = Counter(allocated_bytes()) - before
         predicted = predict_memory(training.config, training.schedule, training.grid.stage_rank, training.grid.replica)
@@ -38,3 +49,4 @@ def test_every_rank_allocates_what_was_predicted(comm, schedule, recompute):
         training.run(1)
         assert Counter(allocated_bytes()) - before == predicted
         training.close()
+    team.close()

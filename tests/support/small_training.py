@@ -5,6 +5,7 @@ from mpi4py import MPI
 
 from hpcpipe.config.check import check_stages, resolve
 from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
+from hpcpipe.kernels.threads import ALONE, Team
 from hpcpipe.mpi.channel import MessageMode
 from hpcpipe.mpi.grid import make_grid
 from hpcpipe.mpi.wait import Waiter
@@ -42,6 +43,7 @@ class Training:
         clip: float = CLIP,
         steps: int = 10,
         samples: object = None,
+        team: Team = ALONE,
         precision: str = "auto",
         **parallel: object,
     ) -> None:
@@ -56,7 +58,7 @@ class Training:
         self.schedule = build_schedule(config)
         self.config = config = check_stages(config, self.schedule.num_stages)
         self.grid, chosen = make_grid(comm, pipeline, data), config.parallel
-        self.state = build_state(config, self.schedule.stage_to_rank, self.grid.stage_rank, self.grid.replica)
+        self.state = build_state(config, self.schedule.stage_to_rank, self.grid.stage_rank, self.grid.replica, team)
         self.state.fill_initial()
         per_replica = chosen.microbatches // data
         local = range(self.grid.replica * per_replica, (self.grid.replica + 1) * per_replica)
