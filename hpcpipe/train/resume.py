@@ -59,6 +59,7 @@ def _changes(header: dict[str, object], state: State, tokens: TokenFile) -> list
         "parallel.microbatches": (then["parallel"]["microbatches"], now.parallel.microbatches),
         "parallel.microbatch_size": (then["parallel"]["microbatch_size"], now.parallel.microbatch_size),
         "parallel.lanes": (then["parallel"]["lanes"], now.parallel.lanes),
+        "train.precision": (then["train"]["precision"], now.train.precision),
         "train.decay_steps": (then["train"]["decay_steps"], now.train.decay_steps),
     }
     for name, (before, after) in pairs.items():
