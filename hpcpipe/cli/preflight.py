@@ -8,7 +8,7 @@ from typing import Any
 from hpcpipe.cli import bench, train
 from hpcpipe.cli.parser import Parser
 from hpcpipe.config.schema import Config
-from hpcpipe.errors import HpcpipeError
+from hpcpipe.errors import HpcpipeError, UsageError
 
 _VERBS = {"train": train, "bench": bench}
 
@@ -36,7 +36,8 @@ def check_start(verb: str, arguments: Sequence[str], num_ranks: int) -> Path | N
         They are wrong; ``status.json`` says so where the run directory is known and no other run's.
     """
     parsed = _parse(verb, arguments)
-    if verb != "train":
+    if verb == "bench":
+        _check_bench(parsed, num_ranks)
         return None
 
     from hpcpipe.config.check import resolve
@@ -59,6 +60,15 @@ def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
     verbs: argparse._SubParsersAction[Any] = parser.add_subparsers()
     _VERBS[verb].add_parser(verbs)
     return parser.parse_args([verb, *arguments])
+
+
+def _check_bench(parsed: argparse.Namespace, num_ranks: int) -> None:
+    """Refuse ranks for a benchmark of one process."""
+    if parsed.benchmark in bench.ALONE and num_ranks > 1:
+        raise UsageError(
+            f"launch -n {num_ranks} bench {parsed.benchmark}: it measures one process; run"
+            f" `hpcpipe bench {parsed.benchmark}` by itself"
+        )
 
 
 def _check_layers(config: Config) -> None:

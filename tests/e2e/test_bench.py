@@ -38,6 +38,7 @@ def test_the_table_is_plain_where_no_terminal_shows_it(tmp_path: Path) -> None:
         (["actions", "--ranks", 3], "--ranks 3, but 2 ranks were started"),
         (["actions", "--repetitions", 0], "at least 1"),
         (["actions", "--sched", "gpipe"], "--schedule"),
+        (["gemm"], "it measures one process; run `hpcpipe bench gemm` by itself"),
     ],
 )
 def test_a_mistake_is_told_once(tmp_path: Path, words: list[object], told: str) -> None:

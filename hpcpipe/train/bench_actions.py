@@ -1,7 +1,6 @@
-"""Benchmarks that ``hpcpipe bench`` runs, alone or on all ranks that were started together."""
+"""``hpcpipe bench actions``: what the executor costs per action, alone or on ranks that were started together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,27 +17,12 @@ from hpcpipe.pipeline.action_cost import POLL, InstantTransport, measure
 from hpcpipe.pipeline.messages import Messages
 from hpcpipe.schedule.action import Kind, Schedule
 from hpcpipe.schedule.build import build
+from hpcpipe.train.bench_result import BenchResult
 from hpcpipe.train.leave import leaving_together
 
 _ALONE = 4
 _TIMEOUT_S = 60.0
 _KINDS = (*map(str, Kind), POLL)
-
-
-@dataclass(frozen=True)
-class BenchResult:
-    """How a benchmark ended on this rank.
-
-    Attributes
-    ----------
-    code : ExitCode
-        The process's.
-    report : dict or None
-        What was measured, ready for JSON; None on ranks that do not speak, or after an error that has been told.
-    """
-
-    code: ExitCode
-    report: dict[str, Any] | None
 
 
 def bench_actions(names: Sequence[str], num_ranks: int | None, num_microbatches: int, repetitions: int) -> BenchResult:

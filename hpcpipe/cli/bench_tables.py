@@ -1,0 +1,89 @@
+"""The reports of ``hpcpipe bench`` as tables for people."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_WIDEST = 400
+
+
+def print_actions(report: Mapping[str, Any]) -> None:
+    """Print a row per schedule, a column per kind of action."""
+    messages = "with MPI messages" if report["transport"] == "mpi" else "without messages"
+    print(
+        f"executor, microseconds per action, compute and waiting left out: {report['ranks']} ranks,"
+        f" {report['microbatches']} microbatches, {messages}, median of {report['repetitions']} walks"
+    )
+    kinds = list(dict.fromkeys(kind for row in report["schedules"] for kind in row["kinds"]))
+    table = _table("schedule", "actions", "us", "10-90 %", *kinds)
+    for row in report["schedules"]:
+        figures = [f"{row['kinds'][kind]:.1f}" if kind in row["kinds"] else "" for kind in kinds]
+        spread = f"{row['p10_us']:.1f}-{row['p90_us']:.1f}"
+        table.add_row(row["schedule"], str(row["actions"]), f"{row['action_us']:.1f}", spread, *figures)
+    _print(table)
+
+
+def print_gemm(report: Mapping[str, Any]) -> None:
+    """Print what computes products, and below it what is bound by memory."""
+    threads = f"{report['threads']} thread{'' if report['threads'] == 1 else 's'}"
+    peak, copied, reached = (report[key] / 1e9 for key in ("peak_flops", "copy_bytes_per_s", "products_flops_per_s"))
+    print(
+        f"{report['precision']} kernels ({report['unit']}) on {threads}, {report['rows']} rows, median of"
+        f" {report['repetitions']} calls\n"
+        f"peak of the unit {peak:,.0f} GFLOP/s, copy in memory {copied:,.1f} GB/s; all products {reached:,.0f} GFLOP/s,"
+        f" {report['products_of_peak']:.1%} of the peak\n"
+    )
+    bound = {True: "product", False: "bound by memory"}
+    faster = ["speed-up"] if report["threads"] > 1 else []
+    for has_products, heading in bound.items():
+        rates = ["GFLOP/s", "% of peak", "MB", "GB/s"] if has_products else ["MB", "GB/s", "% of copy"]
+        table = _table(heading, "use", "shape", "ms", "10-90 %", *rates, *faster)
+        for row in report["kernels"]:
+            if (row["flops_per_s"] is not None) == has_products:
+                table.add_row(*_gemm_cells(row, has_products, bool(faster)))
+        _print(table)
+        if has_products:
+            print()
+
+
+def _gemm_cells(row: Mapping[str, Any], has_products: bool, has_speedup: bool) -> Sequence[str]:
+    use = f"{row['use']} + {row['end']}" if row["end"] else row["use"]
+    times = _milliseconds(row["median_s"]), f"{_milliseconds(row['p10_s'])}-{_milliseconds(row['p90_s'])}"
+    traffic = f"{row['bytes'] / 1e6:,.1f}", f"{row['bytes_per_s'] / 1e9:,.1f}"
+    if has_products:
+        rates = [f"{row['flops_per_s'] / 1e9:,.0f}", f"{100 * row['of_peak']:.1f}", *traffic]
+    else:
+        rates = [*traffic, f"{100 * row['of_copy']:.0f}"]
+    speedup = [f"{row['speedup']:.2f}"] if has_speedup else []
+    return row["name"], use, " x ".join(map(str, row["shape"])), *times, *rates, *speedup
+
+
+def _milliseconds(seconds: float) -> str:
+    """Write milliseconds with three digits or more."""
+    number = 1e3 * seconds
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _table(*columns: str) -> "Table":
+    """Return a plain table whose first column, and others of words, are aligned to the left."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="")
+    for place, name in enumerate(columns):
+        is_words = place == 0 or name == "use"
+        table.add_column(name, justify="left" if is_words else "right", no_wrap=True)
+    return table
+
+
+def _print(table: "Table") -> None:
+    from rich.console import Console
+
+    from hpcpipe.cluster.environment import terminal_size
+
+    size = terminal_size()
+    console = Console(highlight=False, width=size[0] if size else None)
+    # Columns that do not fit are worth more on a second line than cut off.
+    console.width = max(console.width, console.measure(table, options=console.options.update(width=_WIDEST)).maximum)
+    console.print(table, soft_wrap=True)
