@@ -49,6 +49,7 @@ def bfloat16_cases() -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
         (bfloat16.to_bfloat16, (floats(*shape), bits(*shape), *rows)),
         (bfloat16.from_bfloat16, (bits(1, _VOCAB)[:, : _VOCAB - 1], floats(1, _VOCAB - 1))),
         (products.product_gelu_backward, (*operands, bits(*shape), bits(*shape), *rows)),
+        (products.gelu_again, (bits(*shape), bits(*shape), *rows)),
         (products.product, (*operands, bits(*shape), *rows)),
         (
             attention_bf16.attention_backward_bf16,

@@ -166,6 +166,36 @@ def linear_gelu(
 
 
 @kernel
+def gelu_again(hidden: BFloats, activated: BFloats, first: int, last: int) -> None:
+    """Compute ``activated = gelu(hidden)``, with the bits that `linear_gelu` stored.
+
+    Parameters
+    ----------
+    hidden : uint16 array, shape [R, N]
+        What `linear_gelu` stored.
+    activated : uint16 array, shape [R, N]
+        Overwritten in the rows ``first`` to ``last``.
+    first, last : int
+        Rows; threads may share them in any way.
+    """
+    block = carray(new_block(), (ROWS, COLUMNS))
+    line, nothing = block[0], block[1]
+    # Unlike zero, this leaves every value as it is when it is added, negative zero too.
+    nothing[:] = np.float32(-0.0)
+    width = hidden.shape[1]
+    whole = width // COLUMNS * COLUMNS
+    for row in range(first, last):
+        for column in range(0, whole, COLUMNS):
+            source = hidden[row, column : column + COLUMNS]
+            for c in range(COLUMNS):
+                line[c] = widen(source[c])
+            target = activated.ctypes.data + row * activated.strides[0] + column * 2
+            gelu_row(line.ctypes.data, nothing.ctypes.data, block.ctypes.data + 2 * ROW_BYTES, target)
+        for c in range(whole, width):
+            activated[row, c] = np.uint16(round_bits(gelu(widen(hidden[row, c]))))
+
+
+@kernel
 def product_gelu_backward(a: BFloats, b: Panels, hidden: BFloats, out: BFloats, first: int, last: int) -> None:
     """Compute ``out = (a @ b) * gelu'(hidden)``: the gradient of what GELU was applied to.
 

@@ -108,6 +108,10 @@ def linear_gelu(
     activated[first:last] = rounded(_gelu(widened(hidden[first:last])))
 
 
+def gelu_again(hidden: BFloats, activated: BFloats, first: int, last: int) -> None:
+    activated[first:last] = rounded(_gelu(widened(hidden[first:last])))
+
+
 def product_gelu_backward(a: BFloats, b: Panels, hidden: BFloats, out: BFloats, first: int, last: int) -> None:
     slope = _gelu_slope(widened(hidden[first:last]))
     out[first:last] = rounded(_times(a[first:last], b, out.shape[1]) * slope)

@@ -17,7 +17,14 @@ from hpcpipe.kernels.norm_bf16 import (
     layernorm_backward_weight_bf16,
     layernorm_forward_bf16,
 )
-from hpcpipe.kernels.products import linear, linear_gelu, linear_residual, product, product_gelu_backward
+from hpcpipe.kernels.products import (
+    gelu_again,
+    linear,
+    linear_gelu,
+    linear_residual,
+    product,
+    product_gelu_backward,
+)
 from hpcpipe.model.block import Block
 from hpcpipe.model.layer import Arrays, Buffers, Microbatch, Poll
 from hpcpipe.model.linear_bf16 import add_linear_gradients, gradient_scratch
@@ -35,6 +42,7 @@ class BFloat16Block(Block):
         Position among the blocks, from 0.
     """
 
+    cheap = ("normed1", "normed2", "activated")
     packed = ("attention/qkv/weight", "attention/output/weight", "mlp/up/weight", "mlp/down/weight")
 
     def stash_shapes(self, batch: int) -> BufferShapes:
@@ -155,4 +163,13 @@ class BFloat16Block(Block):
         add_linear_gradients(s["normed1"], up["d_qkv"], g, "attention/qkv", buffers)
         norm1 = (s["mean1"], s["rstd1"], g["norm1/weight"], g["norm1/bias"])
         buffers.team.run(layernorm_backward_weight_bf16, x.shape[1], up["d_normed1"], x, *norm1)
+        poll()
+
+    def recompute(self, weights: Arrays, x: np.ndarray, buffers: Buffers, poll: Poll) -> None:
+        """Compute the outputs of both norms and of GELU again."""
+        s, w, run, rows = buffers.stash, weights, buffers.team.run, len(x)
+        norm1, norm2 = (s["normed1"], s["mean1"], s["rstd1"]), (s["normed2"], s["mean2"], s["rstd2"])
+        run(layernorm_forward_bf16, rows, x, w["norm1/weight"], w["norm1/bias"], *norm1)
+        run(layernorm_forward_bf16, rows, s["middle"], w["norm2/weight"], w["norm2/bias"], *norm2)
+        run(gelu_again, rows, s["hidden"], s["activated"])
         poll()

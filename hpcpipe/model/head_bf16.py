@@ -27,6 +27,7 @@ class BFloat16Head(Head):
         With `vocab` resolved. If `tied`, the logits use the values of the token embedding.
     """
 
+    cheap = ("normed",)
     packed = ("weight",)
 
     @property
@@ -104,4 +105,11 @@ class BFloat16Head(Head):
         poll()
         norm = (s["mean"], s["rstd"], gradients["norm/weight"], gradients["norm/bias"])
         buffers.team.run(layernorm_backward_weight_bf16, x.shape[1], up["d_normed"], x, *norm)
+        poll()
+
+    def recompute(self, weights: Arrays, x: np.ndarray, buffers: Buffers, poll: Poll) -> None:
+        """Compute the output of the norm again."""
+        s = buffers.stash
+        norm = (weights["norm/weight"], weights["norm/bias"], s["normed"], s["mean"], s["rstd"])
+        buffers.team.run(layernorm_forward_bf16, len(x), x, *norm)
         poll()

@@ -87,7 +87,9 @@ def test_bits_are_the_same_for_threads_halves_and_recomputation(model):
         assert digest(run(model, "bf16", team)) == plain, num_threads
         team.close()
     assert digest(run(model, "bf16", split=True)) == plain
-    assert digest(run(model, "bf16", recompute="full")) == plain
+    for recompute in ("selective", "full"):
+        assert digest(run(model, "bf16", recompute=recompute)) == plain
+    assert digest(run(model, "bf16", recompute="selective", split=True)) == plain
     assert digest(run(model, "bf16", recompute="full", split=True)) == plain
 
 

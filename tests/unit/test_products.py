@@ -120,6 +120,9 @@ def test_gelu_is_applied_to_what_is_stored(rows, depth, columns):
     products.linear_gelu(a, b, bias, hidden, activated, 0, rows)
     products.linear(a, b, bias, plain, 0, rows)
     assert (hidden == plain).all()
+    again = bits(rows, columns)
+    products.gelu_again(hidden, again, 0, rows)
+    assert (again == activated).all()
     wanted = reference.rounded(reference._gelu(reference.widened(hidden)))
     far = np.abs(reference.widened(wanted)) > 1e-6
     assert errors_in_units(np.where(far, activated, 0), np.where(far, wanted, 0)) <= 1
