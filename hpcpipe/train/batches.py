@@ -1,10 +1,11 @@
 """Which samples a microbatch holds: a function of the step and the microbatch's place in the global batch."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
-from hpcpipe.data.windows import HeldOut, Samples
+from hpcpipe.data.windows import HeldOut
 from hpcpipe.memory.layout import new_arrays
 from hpcpipe.model.layer import Microbatch
 from hpcpipe.model.tensors import BufferSpec, f32, i32
@@ -22,6 +23,14 @@ def empty_microbatch(batch: int, context: int) -> Microbatch:
 def batch_specs(batch: int, context: int) -> dict[str, BufferSpec]:
     """Return the buffers of one microbatch of `TrainingBatches`."""
     return {"tokens": i32(batch, context), "targets": i32(batch, context), "coefficients": f32(batch, context)}
+
+
+class Samples(Protocol):
+    """What training reads, such as `hpcpipe.data.windows.Samples`."""
+
+    def batch(self, first: int, count: int, tokens: np.ndarray, targets: np.ndarray, /) -> None:
+        """Write samples, numbered from the start of the training, into the caller's int32 arrays."""
+        ...
 
 
 class TrainingBatches:

@@ -5,31 +5,25 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 import hpcpipe
 from hpcpipe.checkpoint.layout import candidates
-from hpcpipe.cluster.processor import memory
-from hpcpipe.config.check import check_data, resolve
+from hpcpipe.config.check import check_data
 from hpcpipe.config.dump import to_toml
-from hpcpipe.config.load import load, run_directory
+from hpcpipe.config.load import run_directory
 from hpcpipe.config.schema import Config
 from hpcpipe.data.prepare import default_path, ensure_prepared
 from hpcpipe.data.reader import TokenFile
 from hpcpipe.data.windows import HeldOut, Samples
 from hpcpipe.errors import DiskError, ExitCode, UsageError
 from hpcpipe.kernels import warm
-from hpcpipe.kernels.features import has_bf16_unit
 from hpcpipe.kernels.threads import Team
 from hpcpipe.memory.block import huge_pages
 from hpcpipe.model.gpt2 import count_parameters
 from hpcpipe.mpi import runtime
 from hpcpipe.mpi.agree import together
-from hpcpipe.mpi.channel import MessageMode
-from hpcpipe.mpi.collectives import barrier, broadcast_bytes, gather_rows
+from hpcpipe.mpi.collectives import broadcast_bytes
 from hpcpipe.mpi.grid import make_grid
 from hpcpipe.mpi.runtime import World
-from hpcpipe.mpi.wait import Waiter
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.files import write_whole
@@ -37,22 +31,18 @@ from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.evaluate import Evaluator
 from hpcpipe.train.finish import show_compression, show_sample
-from hpcpipe.train.footprint import describe_allocated, describe_predicted, predict_memory, require_memory
+from hpcpipe.train.footprint import describe_allocated, describe_predicted
 from hpcpipe.train.leave import leaving_together
 from hpcpipe.train.lock import RunLock
 from hpcpipe.train.loop import Loop
 from hpcpipe.train.peak import measure_peak_flops
 from hpcpipe.train.plan import Plan, compare_with_prediction, describe_plan, make_plan, write_plan
 from hpcpipe.train.resume import drop_later_metrics, find_start, identity_of, resume_state
-from hpcpipe.train.session import Session, build_schedule, check_schedule
+from hpcpipe.train.session import Session
+from hpcpipe.train.setup import SETUP_TIMEOUT_S, agree_on_setup, compile_kernels, require_own_memory
 from hpcpipe.train.state import State, build_state
 from hpcpipe.train.step import Trainer
 from hpcpipe.train.stop import StopRequest
-
-MESSAGES = "HPCPIPE_TEST_MESSAGES"
-
-# Compiling, preparing data and compressing held-out text take as long as they take, on one rank.
-_SETUP_TIMEOUT_S = 3600.0
 
 
 def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
@@ -85,17 +75,8 @@ def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
 
 def _train(world: World, config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
     stop = StopRequest()
-    waiter = Waiter(_SETUP_TIMEOUT_S, owns_core=world.owns_core)
-    with together(world.comm, waiter):
-        own_unit = has_bf16_unit()
-    has_unit = bool(gather_rows(world.comm, waiter, np.array([own_unit])).all())
-    with together(world.comm, waiter):
-        config = resolve(load(config_path, overrides), world.size, has_unit, world.tightest)
-        schedule = build_schedule(config)
-        config = check_schedule(config, schedule)
-        mode = MessageMode.parse(os.environ.get(MESSAGES, ""))
-        binding = world.bind(config.parallel.threads)
-    waiter.owns_core = not binding.is_oversubscribed
+    setup = agree_on_setup(world, config_path, overrides)
+    config, waiter, binding = setup.config, setup.waiter, setup.binding
     directory = RunDirectory.of(config.run)
     lock = RunLock(directory.lock)
     with together(world.comm, waiter):
@@ -107,10 +88,12 @@ def _train(world: World, config_path: Path, overrides: Sequence[str], resume: st
         console = Console(config.telemetry.console if world.rank == 0 else "quiet")
         events = EventLog(directory.events if world.rank == 0 else None)
         local = world.num_local_ranks, world.num_local_cores
-        session = Session(config, schedule, directory, grid, *local, binding, team, waiter, mode, console, events)
+        session = Session(
+            config, setup.schedule, directory, grid, *local, binding, team, waiter, setup.mode, console, events
+        )
         session.status(0, None)
         events.add("started", hpcpipe=hpcpipe.__version__, ranks=world.size, pid=os.getpid(), resume=resume)
-        _compile(session, world)
+        compile_kernels(session, world)
         code = _run(session, stop, resume)
         grid.free()
         return code
@@ -136,22 +119,6 @@ def _open(directory: RunDirectory, lock: RunLock, config: Config) -> None:
         write_whole(directory.config, to_toml(config))
 
 
-def _compile(session: Session, world: World) -> None:
-    """Compile the kernels on one rank per node; the others load them from its cache."""
-
-    def report(name: str, index: int, total: int) -> None:
-        session.console.say(f"compiling kernels for this processor, once: {index}/{total} {name}")
-
-    precision = session.config.train.precision
-    if world.local_rank == 0:
-        warm.compile_all(None if warm.is_compiled(precision) else report, precision)
-        session.team.prepare()
-    barrier(world.comm, session.waiter)
-    if world.local_rank != 0:
-        warm.compile_all(None, precision)
-        session.team.prepare()
-
-
 def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     """Build what is trained, go on from the last checkpoint, and train to the end."""
     grid, waiter, console = session.grid, session.waiter, session.console
@@ -171,11 +138,11 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
         return ExitCode.DONE
     with together(grid.comm, waiter):
         # Layers are timed only where they fit; where the model is cut matters little here, and is not known yet.
-        _require_memory(session, replace(config, parallel=replace(config.parallel, partition="auto")))
+        require_own_memory(session, replace(config, parallel=replace(config.parallel, partition="auto")))
     plan = make_plan(session)
     config = session.config
     with together(grid.comm, waiter):
-        needed = _require_memory(session, config)
+        needed = require_own_memory(session, config)
     state = build_state(config, session.schedule.stage_to_rank, grid.stage_rank, grid.replica, session.team)
     _introduce(session, state, tokens, plan, needed)
     resume_state(session, state, found, tokens)
@@ -195,7 +162,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     loop = Loop(session, state, trainer, evaluator, stop, identity_of(tokens), peak_flops)
     waiter.timeout_s = config.parallel.timeout_s
     evaluation = loop.run()
-    waiter.timeout_s = _SETUP_TIMEOUT_S
+    waiter.timeout_s = SETUP_TIMEOUT_S
     compare_with_prediction(session, plan, loop.steps_s, trainer.stages)
 
     if evaluation is not None:
@@ -212,13 +179,6 @@ def _describe_cores(session: Session) -> str:
     where = " (node of rank 0)" if len(binding.ranks) < session.grid.comm.size else ""
     unused = "; float32 uses one" if config.train.precision == "f32" and config.parallel.threads > 1 else ""
     return f"{binding.describe()}{where}{unused}"
-
-
-def _require_memory(session: Session, config: Config) -> dict[str, int]:
-    """Refuse a run that does not fit, and return the bytes that this rank needs."""
-    needed = predict_memory(config, session.schedule, session.grid.stage_rank, session.grid.replica)
-    require_memory(sum(needed.values()), session.num_local_ranks, memory().available_bytes)
-    return needed
 
 
 def _open_tokens(session: Session) -> TokenFile:

@@ -9,7 +9,7 @@ from typing import Any
 from mpi4py import MPI
 
 from hpcpipe.mpi.channel import MessageMode
-from hpcpipe.train.run import MESSAGES
+from hpcpipe.train.setup import MESSAGES
 
 MODE = MessageMode.parse(os.environ.get(MESSAGES, ""))
 """What the environment asks for; tests that set a mode of their own get it as well."""

@@ -1,0 +1,108 @@
+"""What every program on ranks does before it trains: agree on a configuration, compile, see that it fits."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hpcpipe.cluster.binding import Binding
+from hpcpipe.cluster.processor import memory
+from hpcpipe.config.check import resolve
+from hpcpipe.config.load import load
+from hpcpipe.config.schema import Config
+from hpcpipe.kernels import warm
+from hpcpipe.kernels.features import has_bf16_unit
+from hpcpipe.mpi.agree import together
+from hpcpipe.mpi.channel import MessageMode
+from hpcpipe.mpi.collectives import barrier, gather_rows
+from hpcpipe.mpi.runtime import World
+from hpcpipe.mpi.wait import Waiter
+from hpcpipe.schedule.action import Schedule
+from hpcpipe.train.footprint import predict_memory, require_memory
+from hpcpipe.train.session import Session, build_schedule, check_schedule
+
+MESSAGES = "HPCPIPE_TEST_MESSAGES"
+
+SETUP_TIMEOUT_S = 3600.0
+"""Compiling, preparing data and compressing held-out text take as long as they take, on one rank."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all ranks agree on.
+
+    Attributes
+    ----------
+    config : Config
+        Resolved.
+    schedule : Schedule
+        What the ranks of each pipeline do in a step, as far as the configuration says.
+    mode : MessageMode
+        How messages are sent.
+    binding : Binding
+        Which cores the ranks of this node compute on: this rank does so from now on.
+    waiter : Waiter
+        Waits, for now with a deadline that compiling does not reach.
+    """
+
+    config: Config
+    schedule: Schedule
+    mode: MessageMode
+    binding: Binding
+    waiter: Waiter
+
+
+def agree_on_setup(world: World, config_path: Path, overrides: Sequence[str]) -> Setup:
+    """Load and check a configuration for all ranks, and bind this one.
+
+    Parameters
+    ----------
+    world : World
+        All ranks call it.
+    config_path : Path
+        The TOML file.
+    overrides : sequence of str
+        ``section.key=value`` each.
+
+    Raises
+    ------
+    UsageError
+        On every rank, if the configuration is wrong on one of them.
+    """
+    waiter = Waiter(SETUP_TIMEOUT_S, owns_core=world.owns_core)
+    with together(world.comm, waiter):
+        own_unit = has_bf16_unit()
+    has_unit = bool(gather_rows(world.comm, waiter, np.array([own_unit])).all())
+    with together(world.comm, waiter):
+        config = resolve(load(config_path, overrides), world.size, has_unit, world.tightest)
+        schedule = build_schedule(config)
+        config = check_schedule(config, schedule)
+        mode = MessageMode.parse(os.environ.get(MESSAGES, ""))
+        binding = world.bind(config.parallel.threads)
+    waiter.owns_core = not binding.is_oversubscribed
+    return Setup(config, schedule, mode, binding, waiter)
+
+
+def compile_kernels(session: Session, world: World) -> None:
+    """Compile the kernels on one rank per node; the others load them from its cache."""
+
+    def report(name: str, index: int, total: int) -> None:
+        session.console.say(f"compiling kernels for this processor, once: {index}/{total} {name}")
+
+    precision = session.config.train.precision
+    if world.local_rank == 0:
+        warm.compile_all(None if warm.is_compiled(precision) else report, precision)
+        session.team.prepare()
+    barrier(world.comm, session.waiter)
+    if world.local_rank != 0:
+        warm.compile_all(None, precision)
+        session.team.prepare()
+
+
+def require_own_memory(session: Session, config: Config) -> dict[str, int]:
+    """Refuse a run that does not fit, and return the bytes that this rank needs, by what they are for."""
+    needed = predict_memory(config, session.schedule, session.grid.stage_rank, session.grid.replica)
+    require_memory(sum(needed.values()), session.num_local_ranks, memory().available_bytes)
+    return needed
