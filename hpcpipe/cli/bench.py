@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -12,8 +13,8 @@ from hpcpipe.errors import ExitCode
 if TYPE_CHECKING:
     from hpcpipe.train.bench_result import BenchResult
 
-ALONE = ("gemm",)
-"""Benchmarks of one process."""
+ALONE, TOGETHER = ("gemm",), ("p2p",)
+"""Benchmarks of one process, and of several ranks only."""
 
 _SCHEDULES = ("1f1b", "zb-h1", "interleaved", "zb-v")
 _ACTIONS = """\
@@ -25,6 +26,16 @@ Measure the kernels of a model, each on its own: matrix products in all three us
 unit that computes them, attention, and what is bound by memory against a measured copy. In one process; without
 CONFIG for GPT-2 124M and one sample of 512 tokens."""
 
+_STEP = """\
+Run training steps on random tokens as a run does, without data and without a run directory: tokens per second, model
+FLOP utilisation, what ranks wait for, and the time of each kernel beside what it would take at the peak and at the
+bandwidth of memory. Alone or under `hpcpipe launch -n N bench step CONFIG`."""
+
+_P2P = """\
+Measure the messages between neighbours in a pipeline, sent as the trainer sends them: one way, and both ways at the
+same time. Under `hpcpipe launch -n 2 bench p2p`; with more ranks all pairs send at the same time."""
+_SHIFTS = {"": 0, "KiB": 10, "MiB": 20}
+
 
 def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     """Add the verb and its benchmarks to the command's parser."""
@@ -32,6 +43,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     benchmarks = verb.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     _add_actions(benchmarks)
     _add_gemm(benchmarks)
+    _add_step(benchmarks)
+    _add_p2p(benchmarks)
 
 
 def _add_actions(benchmarks: "argparse._SubParsersAction[Any]") -> None:
@@ -59,6 +72,53 @@ def _add_gemm(benchmarks: "argparse._SubParsersAction[Any]") -> None:
     gemm.add_argument("--repetitions", type=int, default=15, metavar="N", help="calls of each kernel (default 15)")
     _add_json(gemm)
     gemm.set_defaults(run=run_gemm)
+
+
+def _add_step(benchmarks: "argparse._SubParsersAction[Any]") -> None:
+    step = benchmarks.add_parser("step", help="what training steps take, and where the time goes", description=_STEP)
+    step.add_argument("config", type=path, metavar="CONFIG", help="TOML file, such as configs/quickstart.toml")
+    step.add_argument("--steps", type=int, default=5, metavar="N", help="steps that are timed (default 5)")
+    _add_overrides(step)
+    _add_json(step)
+    step.set_defaults(run=run_step)
+
+
+def _add_p2p(benchmarks: "argparse._SubParsersAction[Any]") -> None:
+    p2p = benchmarks.add_parser("p2p", help="what messages between neighbours take", description=_P2P)
+    p2p.add_argument(
+        "config", type=path, nargs="?", metavar="CONFIG", help="TOML file; adds its residual stream's size"
+    )
+    p2p.add_argument(
+        "--sizes",
+        type=_sizes,
+        metavar="BYTES,...",
+        help="sizes of messages, such as 1KiB,300000,64MiB (default 1 KiB to 64 MiB)",
+    )
+    _add_overrides(p2p)
+    _add_json(p2p)
+    p2p.set_defaults(run=run_p2p)
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """Read sizes of messages."""
+    sizes = []
+    for word in text.split(","):
+        found = re.fullmatch(r"([0-9]{1,12})(|KiB|MiB)", word.strip())
+        if not found:
+            raise argparse.ArgumentTypeError(f"{word!r} is no number of bytes, such as 1024, 16KiB or 4MiB")
+        sizes.append(int(found[1]) << _SHIFTS[found[2]])
+    return tuple(sizes)
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="SECTION.KEY=VALUE",
+        help="override a key of the configuration; may be given several times",
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -118,6 +178,56 @@ def run_gemm(args: argparse.Namespace) -> int:
     return _tell(BenchResult(ExitCode.DONE, report), args.json, print_gemm)
 
 
+def run_step(args: argparse.Namespace) -> int:
+    """Carry out ``hpcpipe bench step``; every rank runs this.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        ``config``, ``overrides``, ``steps``, ``json``.
+
+    Returns
+    -------
+    int
+        Exit code 0, or that of an error which all ranks met.
+
+    Raises
+    ------
+    UsageError
+        There are no steps to time.
+    """
+    _limit_threads()
+    from hpcpipe.cli.bench_tables import print_step
+    from hpcpipe.train.bench_step import bench_step
+
+    return _tell(bench_step(args.config, args.overrides, args.steps, _say), args.json, print_step)
+
+
+def run_p2p(args: argparse.Namespace) -> int:
+    """Carry out ``hpcpipe bench p2p``; every rank runs this.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        ``config``, ``overrides``, ``sizes``, ``json``.
+
+    Returns
+    -------
+    int
+        Exit code 0, or that of an error which all ranks met.
+
+    Raises
+    ------
+    UsageError
+        There is only one rank.
+    """
+    _limit_threads()
+    from hpcpipe.cli.bench_tables import print_p2p
+    from hpcpipe.train.bench_p2p import SIZES, bench_p2p
+
+    return _tell(bench_p2p(args.sizes or SIZES, args.config, args.overrides), args.json, print_p2p)
+
+
 def _limit_threads() -> None:
     """Keep BLAS to one thread, before numpy is imported."""
     from hpcpipe.cluster.environment import limit_blas_threads
@@ -125,8 +235,12 @@ def _limit_threads() -> None:
     limit_blas_threads()
 
 
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def _say_compiling(name: str, index: int, total: int) -> None:
-    print(f"compiling kernels for this processor, once: {index}/{total} {name}", file=sys.stderr, flush=True)
+    _say(f"compiling kernels for this processor, once: {index}/{total} {name}")
 
 
 def _tell(result: "BenchResult", as_json: bool, print_table: Callable[[dict[str, Any]], None]) -> int:

@@ -60,6 +60,59 @@ def _gemm_cells(row: Mapping[str, Any], has_products: bool, has_speedup: bool) -
     return row["name"], use, " x ".join(map(str, row["shape"])), *times, *rates, *speedup
 
 
+def print_step(report: Mapping[str, Any]) -> None:
+    """Print the figures of a step, and where its time goes."""
+    ranks, threads = report["ranks"], report["threads"]
+    print(
+        f"{ranks} rank{'' if ranks == 1 else 's'} = pipeline of {report['pipeline']} x {report['data']} with"
+        f" {threads} thread{'' if threads == 1 else 's'} each, {report['schedule']}, {report['precision']}"
+        f" ({report['unit']}), {report['tokens_per_step']:,} tokens per step\n"
+        f"{report['tokens_per_s']:,.0f} tokens/s: {report['step_s']:.4g} s per step, median of {report['steps']}"
+        f" ({report['step_p10_s']:.4g}-{report['step_p90_s']:.4g} s), {report['predicted_step_s']:.4g} s predicted\n"
+        f"MFU {report['mfu']:.1%} of {report['peak_flops'] / 1e9:,.0f} GFLOP/s; copy in memory"
+        f" {report['copy_bytes_per_s'] / 1e9:,.1f} GB/s\n"
+        f"bubble {report['bubble']:.1%}; of the step {report['waiting']:.1%} waiting: {report['scheduled_waiting']:.1%}"
+        f" by the schedule, {report['exposed_messages']:.1%} exposed messages\n"
+    )
+    total_s = report["observed_step_s"]
+    table = _table("kernel", "calls", "ms", "% of step", "GFLOP/s", "GB/s", "at peak ms", "at copy ms")
+    for row in report["kernels"]:
+        rates = [_rate(row["flops_per_s"], 0), _rate(row["bytes_per_s"], 1)]
+        floors = [_milliseconds(row[key]) if row[key] else "" for key in ("peak_s", "copy_s")]
+        shown = _milliseconds(row["seconds"]), f"{100 * row['share']:.1f}"
+        table.add_row(row["name"], f"{row['calls']:,.0f}", *shown, *rates, *floors)
+    for name, seconds in (
+        ("waiting for messages", report["waiting_s"]),
+        ("everything else", report["other_s"]),
+        ("a step on all ranks", total_s),
+    ):
+        table.add_row(name, "", _milliseconds(seconds), f"{100 * seconds / total_s:.1f}")
+    _print(table)
+
+
+def print_p2p(report: Mapping[str, Any]) -> None:
+    """Print a row per size."""
+    pairs = f"the slowest of {report['pairs']} pairs at once" if report["pairs"] > 1 else "one pair"
+    library = report["library"].partition(", package")[0]
+    print(f"messages between neighbours, {pairs}; cores: {report['cores']}\n{library}\n")
+    table = _table("bytes", "us", "10-90 %", "GB/s", "both ways us", "10-90 %", "GB/s", "rounds", "")
+    for row in report["sizes"]:
+        cells = [f"{row['bytes']:,}"]
+        for prefix, key in (("", "one_way_s"), ("both_ways_", "both_ways_s")):
+            spread = "-".join(_microseconds(row[f"{prefix}{name}"]) for name in ("p10_s", "p90_s"))
+            cells += [_microseconds(row[key]), spread, f"{row[f'{prefix}bytes_per_s'] / 1e9:.2f}"]
+        table.add_row(*cells, str(row["rounds"]), "residual stream" if row["is_stream"] else "")
+    _print(table)
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{1e6 * seconds:,.1f}" if seconds < 1e-4 else f"{1e6 * seconds:,.0f}"
+
+
+def _rate(per_second: float | None, digits: int) -> str:
+    return "" if per_second is None else f"{per_second / 1e9:,.{digits}f}"
+
+
 def _milliseconds(seconds: float) -> str:
     """Write milliseconds with three digits or more."""
     number = 1e3 * seconds

@@ -14,7 +14,7 @@ _VERBS = {"train": train, "bench": bench}
 
 
 def check_start(verb: str, arguments: Sequence[str], num_ranks: int) -> Path | None:
-    """Check the arguments of a verb, and the configuration of ``train`` for a number of ranks.
+    """Check the arguments of a verb, and its configuration for a number of ranks.
 
     Parameters
     ----------
@@ -40,12 +40,11 @@ def check_start(verb: str, arguments: Sequence[str], num_ranks: int) -> Path | N
         _check_bench(parsed, num_ranks)
         return None
 
-    from hpcpipe.config.check import resolve
-    from hpcpipe.config.load import load, run_directory
+    from hpcpipe.config.load import run_directory
 
     directory = run_directory(parsed.config, parsed.overrides)
     try:
-        _check_layers(resolve(load(parsed.config, parsed.overrides), num_ranks))
+        _load(parsed, num_ranks)
     except HpcpipeError as error:
         from hpcpipe.train.last_status import write_last_status
 
@@ -63,12 +62,24 @@ def _parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def _check_bench(parsed: argparse.Namespace, num_ranks: int) -> None:
-    """Refuse ranks for a benchmark of one process."""
+    """Refuse a number of ranks that a benchmark is not for, and what `train` would refuse for one of steps."""
     if parsed.benchmark in bench.ALONE and num_ranks > 1:
         raise UsageError(
             f"launch -n {num_ranks} bench {parsed.benchmark}: it measures one process; run"
             f" `hpcpipe bench {parsed.benchmark}` by itself"
         )
+    if parsed.benchmark in bench.TOGETHER and num_ranks < 2:
+        raise UsageError(f"launch -n {num_ranks} bench {parsed.benchmark}: it needs at least 2 ranks")
+    if parsed.benchmark == "step":
+        _load(parsed, num_ranks)
+
+
+def _load(parsed: argparse.Namespace, num_ranks: int) -> None:
+    """Load a configuration, which must be one for the number of ranks."""
+    from hpcpipe.config.check import resolve
+    from hpcpipe.config.load import load
+
+    _check_layers(resolve(load(parsed.config, parsed.overrides), num_ranks))
 
 
 def _check_layers(config: Config) -> None:

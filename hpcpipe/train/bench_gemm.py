@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,7 @@ import numpy as np
 
 from hpcpipe.cluster.binding import bind
 from hpcpipe.cluster.environment import rank_hint
-from hpcpipe.config.check import resolve
-from hpcpipe.config.load import load
 from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig
-from hpcpipe.data.reader import TokenFile
-from hpcpipe.data.tokenizer import ByteTokenizer
 from hpcpipe.errors import UsageError
 from hpcpipe.kernels import features, warm
 from hpcpipe.kernels.observe import ObservedTeam, Observer
@@ -23,6 +19,7 @@ from hpcpipe.kernels.threads import Team
 from hpcpipe.kernels.work import NOTHING, Work
 from hpcpipe.memory.block import allocated_bytes
 from hpcpipe.train.bench_cases import MEMORY, NAME, PRODUCTS, Case, Run, Shape, build_cases
+from hpcpipe.train.bench_config import load_for_any_grid, with_vocabulary
 from hpcpipe.train.rates import copy_bytes_per_s, peak_flops_per_s
 
 GPT2 = Config(
@@ -84,7 +81,7 @@ def bench_gemm(
         An argument is wrong, or several ranks were started.
     """
     _check(num_threads, repetitions)
-    config = GPT2 if config_path is None else _load(config_path)
+    config = GPT2 if config_path is None else with_vocabulary(load_for_any_grid(config_path))
     precision = _precision(precision or config.train.precision)
     if precision == "f32" and num_threads > 1:
         raise UsageError(f"--threads {num_threads}: float32 computes on one thread, leave --threads out")
@@ -120,20 +117,6 @@ def unit_of(precision: str) -> str:
     return features.family() if precision == "bf16" else "blas"
 
 
-def with_vocabulary(config: Config) -> Config:
-    """Fill in the vocabulary from the token file, or from the tokenizer that would prepare one; nothing is written.
-
-    Raises
-    ------
-    UsageError, DamagedError
-        The token file is missing or cannot be read.
-    """
-    if config.model.vocab:
-        return config
-    vocab = TokenFile(Path(config.data.file)).vocab if config.data.file else ByteTokenizer().vocab
-    return replace(config, model=replace(config.model, vocab=vocab))
-
-
 def _check(num_threads: int, repetitions: int) -> None:
     hint = rank_hint()
     if hint is not None and hint[1] > 1:
@@ -142,12 +125,6 @@ def _check(num_threads: int, repetitions: int) -> None:
         raise UsageError(f"--threads {num_threads}: at least 1 is needed")
     if repetitions < 1:
         raise UsageError(f"--repetitions {repetitions}: at least 1 is needed")
-
-
-def _load(path: Path) -> Config:
-    config = load(path)
-    # The kernels do not depend on the grid.
-    return with_vocabulary(resolve(config, max(1, config.parallel.pipeline) * config.parallel.data))
 
 
 def _precision(precision: str) -> str:

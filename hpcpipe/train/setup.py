@@ -1,7 +1,7 @@
 """What every program on ranks does before it trains: agree on a configuration, compile, see that it fits."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,11 +85,22 @@ def agree_on_setup(world: World, config_path: Path, overrides: Sequence[str]) ->
     return Setup(config, schedule, mode, binding, waiter)
 
 
-def compile_kernels(session: Session, world: World) -> None:
-    """Compile the kernels on one rank per node; the others load them from its cache."""
+def compile_kernels(session: Session, world: World, say: Callable[[str], None] | None = None) -> None:
+    """Compile the kernels on one rank per node; the others load them from its cache.
+
+    Parameters
+    ----------
+    session : Session
+        The run.
+    world : World
+        All ranks call it.
+    say : callable, optional
+        Takes a line about each kernel that must be compiled; the session's console without it.
+    """
+    tell = say or session.console.say
 
     def report(name: str, index: int, total: int) -> None:
-        session.console.say(f"compiling kernels for this processor, once: {index}/{total} {name}")
+        tell(f"compiling kernels for this processor, once: {index}/{total} {name}")
 
     precision = session.config.train.precision
     if world.local_rank == 0:
