@@ -54,7 +54,9 @@ def examine() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``mpi cores cpu features memory_bytes slurm recovery versions kernels problems``, ready for JSON.
+        ``mpi cores cpu features memory_bytes slurm recovery versions kernels problems``, ready for JSON. ``mpi`` has
+        ``library version mpirun works``, and ``threads cores``: of each of two ranks, and where they are bound.
+        ``kernels`` has ``family precision description compiled``, those that ``train.precision = "auto"`` chooses.
     """
     from hpcpipe.cluster import processor, slurm
     from hpcpipe.cluster.environment import limit_blas_threads
@@ -101,7 +103,7 @@ def as_text(report: dict[str, Any]) -> str:
         "Slurm": "not in an allocation"
         if slurm is None
         else f"job {slurm['job_id']} on {slurm['num_nodes']} nodes ({slurm['node_list']})",
-        "kernels": report["kernels"] or "none that work",
+        **_describe_kernels(report["kernels"]),
         "recovery": report["recovery"],
         "versions": ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v and k != "hpcpipe"),
     }
@@ -115,7 +117,8 @@ def _mpi(problems: list[str]) -> dict[str, Any]:
     """Find mpirun and let two ranks talk."""
     from hpcpipe.cluster import launcher
 
-    facts: dict[str, Any] = {"library": None, "version": None, "mpirun": None, "works": False, "cores": None}
+    facts: dict[str, Any] = {"library": None, "version": None, "mpirun": None, "works": False}
+    facts.update(threads=None, cores=None)
     try:
         mpirun = launcher.find_mpirun()
     except UsageError as error:
@@ -124,7 +127,7 @@ def _mpi(problems: list[str]) -> dict[str, Any]:
     facts.update(mpirun=str(mpirun), version=launcher.mpirun_version(mpirun))
     heard, trouble = _two_ranks(mpirun)
     if heard is not None:
-        facts["library"], facts["cores"] = heard["library"], heard["cores"]
+        facts.update({key: heard[key] for key in ("library", "threads", "cores")})
         facts["works"] = heard["size"] == 2 and heard["arrived"]
         if heard["size"] != 2:
             trouble = (
@@ -182,13 +185,29 @@ def _versions(problems: list[str]) -> dict[str, str | None]:
     return versions
 
 
-def _kernels(problems: list[str]) -> str | None:
-    """Say which kernels would compute, without compiling them."""
+def _kernels(problems: list[str]) -> dict[str, Any] | None:
+    """Say which kernels would compute with ``train.precision = "auto"``, without compiling them."""
     try:
-        from hpcpipe.kernels import warm
+        from hpcpipe.kernels import features, warm
 
-        state = "compiled" if warm.is_compiled() else "to be compiled at the first start"
-        return f"{warm.describe()}, {state}"
+        precision = "bf16" if features.has_bf16_unit() else "f32"
+        return {
+            "family": features.family(),
+            "precision": precision,
+            "description": warm.describe(precision),
+            "compiled": warm.is_compiled(precision),
+        }
     except Exception as error:
         problems.append(f"the kernels cannot be loaded: {error}")
         return None
+
+
+def _describe_kernels(kernels: dict[str, Any] | None) -> dict[str, str]:
+    """Return the rows about kernels."""
+    if kernels is None:
+        return {"kernels": "none that work"}
+    state = "compiled" if kernels["compiled"] else "to be compiled at the first start"
+    return {
+        "kernels": f"{kernels['description']}, {state}",
+        "family": f'{kernels["family"]}; train.precision = "auto" means {kernels["precision"]}',
+    }

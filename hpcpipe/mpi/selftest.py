@@ -3,6 +3,7 @@
 import json
 import sys
 
+from hpcpipe.config.threads import choose_threads
 from hpcpipe.mpi import runtime
 
 MESSAGE = b"from one rank to the other"
@@ -22,12 +23,14 @@ def main() -> int:
         MESSAGE, dest=(world.rank + 1) % world.size, recvbuf=received, source=(world.rank - 1) % world.size
     )
     arrived = received == MESSAGE
-    binding = world.bind(num_threads=1)
+    num_threads = choose_threads(0, world.tightest)
+    binding = world.bind(num_threads)
     if world.rank == 0:
         facts = {
             "size": world.size,
             "arrived": arrived,
             "library": runtime.library_version(),
+            "threads": num_threads,
             "cores": binding.describe(),
         }
         sys.stdout.write(json.dumps(facts) + "\n")

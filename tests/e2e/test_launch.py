@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from hpcpipe.kernels import warm
+from hpcpipe.kernels.features import family, has_bf16_unit
+
 NUM_RANKS = 2
 MINIATURE = Path(__file__).parents[1] / "support" / "miniature_run.py"
 # The command's own way of telling errors, with another program than `hpcpipe train`.
@@ -219,3 +222,10 @@ def test_doctor_tries_two_ranks() -> None:
     assert report["mpi"]["works"] is True
     assert "Open MPI" in report["mpi"]["library"]
     assert {"mpi", "cores", "features", "slurm", "recovery"} <= set(report)
+    assert report["mpi"]["threads"] >= 1
+    assert f"2 ranks with {report['mpi']['threads']} thread" in report["mpi"]["cores"]
+    kernels = report["kernels"]
+    assert kernels["family"] == family()
+    assert kernels["precision"] == ("bf16" if has_bf16_unit() else "f32")
+    assert kernels["description"] == warm.describe(kernels["precision"])
+    assert kernels["compiled"] is warm.is_compiled(kernels["precision"])

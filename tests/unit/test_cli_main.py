@@ -298,3 +298,22 @@ def test_doctor_s_text_names_problems_last() -> None:
     assert text.endswith("Problems:\n- no mpirun: install it")
     assert "job 7 on 2 nodes (n[1-2])" in text
     assert "3.0 GiB, 1.0 GiB available" in text
+    assert "kernels    none that work" in text
+
+
+def test_doctor_s_text_names_the_family_of_kernels() -> None:
+    report = {
+        "mpi": {"library": "MPI", "mpirun": "/bin/mpirun", "works": True, "cores": "2 ranks with 1 thread each"},
+        "cores": 3,
+        "cpu": "Some CPU",
+        "features": [],
+        "memory_bytes": {"total_bytes": 2**30, "available_bytes": 2**30},
+        "slurm": None,
+        "recovery": "none",
+        "versions": {"hpcpipe": "1"},
+        "kernels": {"family": "amx", "precision": "bf16", "description": "kernels for X", "compiled": False},
+        "problems": [],
+    }
+    text = as_text(report)
+    assert "kernels    kernels for X, to be compiled at the first start" in text
+    assert 'family     amx; train.precision = "auto" means bf16' in text
