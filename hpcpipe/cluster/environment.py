@@ -7,6 +7,9 @@ from collections.abc import Mapping, MutableMapping
 
 from hpcpipe.cluster import slurm
 
+KERNEL_VARIABLES = ("HPCPIPE_KERNELS", "HPCPIPE_CACHE_DIR")
+"""Say how kernels compute and where they are kept; ranks on other nodes get them too."""
+
 THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",

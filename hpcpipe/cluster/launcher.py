@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hpcpipe.cluster import slurm
 from hpcpipe.cluster.binding import BIND
-from hpcpipe.cluster.environment import LAUNCH_ID, TERMINAL, THREAD_VARIABLES, limit_blas_threads
+from hpcpipe.cluster.environment import KERNEL_VARIABLES, LAUNCH_ID, TERMINAL, THREAD_VARIABLES, limit_blas_threads
 from hpcpipe.errors import UsageError
 
 SESSION_FOLDER = "PRTE_MCA_prte_local_tmpdir_base"
@@ -125,7 +125,7 @@ def mpirun_command(
     command += _placement(machine, extra)
     command += _binding(extra)
     command += _transports(machine, extra, environ)
-    for name in (LAUNCH_ID, TERMINAL, *THREAD_VARIABLES):
+    for name in (LAUNCH_ID, TERMINAL, *THREAD_VARIABLES, *KERNEL_VARIABLES):
         if name in environ:
             command += ["-x", name]
     return [*command, *extra, *program]

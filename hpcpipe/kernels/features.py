@@ -54,8 +54,11 @@ def family() -> str:
         The variable names no family, or one that this processor cannot run.
     """
     possible = [name for name in FAMILIES if _is_possible(name)]
+    # Only what is compiled can name instructions.
+    if _settings.DISABLE_JIT:
+        return "vector"
     asked = os.environ.get(VARIABLE)
-    if asked is None:
+    if not asked:
         return possible[0]
     if asked not in possible:
         raise UsageError(f"{VARIABLE} = {asked}: on this processor it may be {', '.join(possible)}")

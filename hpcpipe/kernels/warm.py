@@ -10,14 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpcpipe.errors import DiskError
+from hpcpipe.errors import DiskError, UsageError
 from hpcpipe.kernels import features, gemm, jit
 from hpcpipe.kernels.cases import cases
 
 _UNITS = {
     "amx": "matrix products by AMX tiles",
     "avx512_bf16": "matrix products by AVX-512 dot products of bfloat16 pairs",
-    "vector": "matrix products by float32 vectors, for want of a bfloat16 unit",
+    "vector": "matrix products by float32 vectors",
 }
 
 
@@ -33,9 +33,15 @@ def compile_all(report: Callable[[str, int, int], None] | None = None, precision
 
     Raises
     ------
+    UsageError
+        If numba is told not to compile, and the precision is bf16.
     DiskError
         If compiled code cannot be read from or written to its directory, or stays damaged.
     """
+    if precision == "bf16" and _marker("f32") is None:
+        raise UsageError(
+            'NUMBA_DISABLE_JIT is set, and bfloat16 kernels only run compiled: unset it, or set train.precision = "f32"'
+        )
     todo = cases(precision)
     with _disk_errors():
         _remove_damaged(precision)

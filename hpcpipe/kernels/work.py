@@ -96,6 +96,7 @@ _KERNELS: dict[str, _Kernel] = {
     "pack_rows": _Kernel((1, 1)),
     "pack_columns": _Kernel((1, 1)),
     "pack_bfloat16_rows": _Kernel((1, 1)),
+    "gelu_again": _Kernel((1, 1)),
     "to_bfloat16": _Kernel((1, 1)),
     "from_bfloat16": _Kernel((1, 1)),
     "layernorm_forward": _NORM_FORWARD,

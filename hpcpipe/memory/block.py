@@ -8,6 +8,8 @@ from weakref import WeakSet
 
 import numpy as np
 
+from hpcpipe.errors import UsageError
+
 ALIGNMENT = 64
 """Bytes of a cache line: every buffer starts on one."""
 
@@ -48,7 +50,13 @@ def new_block(num_bytes: int, name: str = "other") -> np.ndarray:
     is_large = num_bytes >= _HUGE_PAGE
     length = num_bytes + is_large * _HUGE_PAGE
     # Python's default is a shared mapping, which huge pages have a setting of its own for.
-    block = _Block(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        block = _Block(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise UsageError(
+            f"memory for {name}: there is no block of {num_bytes / 2**20:,.0f} MiB ({error.strerror}): raise the"
+            ' limit (ulimit -v), use more nodes, set train.recompute = "full", or lower parallel.microbatch_size'
+        ) from error
     block.name, block.num_bytes = name, num_bytes
     _blocks.add(block)
     if is_large and hasattr(mmap, "MADV_HUGEPAGE"):

@@ -141,7 +141,9 @@ class _Bench:
 
     def _peak(self) -> float:
         session = self._session
-        return measure_peak_flops(session.grid, session.waiter, session.config.train.precision, self._team)
+        return measure_peak_flops(
+            session.grid, session.waiter, session.config.train.precision, self._team, session.share_of_core
+        )
 
     def _steps(self, state: State, num_steps: int) -> _Own:
         """Run all steps."""

@@ -74,9 +74,7 @@ class MeasuredCosts:
         }
 
 
-def obtain_costs(
-    config: Config, grid: Grid, waiter: Waiter, num_local_ranks: int, team: Team = ALONE
-) -> MeasuredCosts:
+def obtain_costs(config: Config, grid: Grid, waiter: Waiter, num_local_ranks: int, team: Team = ALONE) -> MeasuredCosts:
     """Return the same costs on every rank: from the cache if they are there and not older than a day, else measured.
 
     Parameters

@@ -11,11 +11,11 @@ from hpcpipe.train.rates import COPIED_BYTES, best_flops_per_s, copy_bytes_per_s
 _LEAST_BYTES = 32 << 20
 
 
-def measure_peak_flops(grid: Grid, waiter: Waiter, precision: str, team: Team) -> float:
+def measure_peak_flops(grid: Grid, waiter: Waiter, precision: str, team: Team, share: float) -> float:
     """Return the FLOP/s of all ranks together in products whose operands stay in cache.
 
-    All ranks measure at the same time, so ranks that share a core count it about once. The best of several short
-    bursts counts: other programs on the machine only make it look slower than it is.
+    All ranks measure at the same time, as they compute. The best of several short bursts counts, in processor time:
+    what other programs take from the cores does not make the peak look lower.
 
     Parameters
     ----------
@@ -27,10 +27,12 @@ def measure_peak_flops(grid: Grid, waiter: Waiter, precision: str, team: Team) -
         ``f32`` or ``bf16``, see `hpcpipe.train.rates.peak_work`.
     team : Team
         The threads of the rank.
+    share : float
+        Of a core that a thread has: less than 1 where threads share cores.
     """
     work = peak_work(precision, team)
     barrier(grid.comm, waiter)
-    best = best_flops_per_s(work)
+    best = share * best_flops_per_s(work, team.num_threads if precision == "bf16" else 1)
     return float(gather_rows(grid.comm, waiter, np.array([best])).sum())
 
 

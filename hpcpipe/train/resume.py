@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from hpcpipe.data.reader import TokenFile
+from hpcpipe.kernels.features import family
 from hpcpipe.mpi.agree import together
 from hpcpipe.train.restore import Checkpoint, find_checkpoint, restore
 from hpcpipe.train.session import Session
@@ -62,6 +63,8 @@ def _changes(header: dict[str, object], state: State, tokens: TokenFile) -> list
         "train.precision": (then["train"]["precision"], now.train.precision),
         "train.decay_steps": (then["train"]["decay_steps"], now.train.decay_steps),
     }
+    if now.train.precision == "bf16" == then["train"]["precision"]:
+        pairs["family of kernels"] = (header.get("kernels"), family())
     for name, (before, after) in pairs.items():
         if before != after:
             warnings.append(f"{name} was {before} and is {after}: the run will not continue bit for bit")

@@ -93,6 +93,11 @@ def _train(world: World, config_path: Path, overrides: Sequence[str], resume: st
         )
         session.status(0, None)
         events.add("started", hpcpipe=hpcpipe.__version__, ranks=world.size, pid=os.getpid(), resume=resume)
+        if len(setup.families) > 1 and config.train.precision == "bf16":
+            console.say(
+                f"warning: ranks have kernels of {' and '.join(setup.families)}, so bits depend on which rank computes"
+                f" what: set HPCPIPE_KERNELS={setup.families[-1]} for the same bits everywhere"
+            )
         compile_kernels(session, world)
         code = _run(session, stop, resume)
         grid.free()
@@ -158,7 +163,7 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     if held_out.num_samples:
         evaluator = Evaluator(state, grid, waiter, held_out, session.mode, trainer.memory)
     console.say(f"memory: {describe_allocated(grid, waiter, needed)}; {huge_pages()}")
-    peak_flops = measure_peak_flops(grid, waiter, config.train.precision, session.team)
+    peak_flops = measure_peak_flops(grid, waiter, config.train.precision, session.team, session.share_of_core)
     loop = Loop(session, state, trainer, evaluator, stop, identity_of(tokens), peak_flops)
     waiter.timeout_s = config.parallel.timeout_s
     evaluation = loop.run()

@@ -14,6 +14,7 @@ from hpcpipe.checkpoint.retain import retain
 from hpcpipe.checkpoint.write import abandon, begin, commit, write_file
 from hpcpipe.config.dump import to_dict
 from hpcpipe.errors import HpcpipeError, NumericsError
+from hpcpipe.kernels.features import family
 from hpcpipe.kernels.reduce import sum_of_squares
 from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.collectives import broadcast_bytes, gather_bytes
@@ -107,6 +108,7 @@ def _header(state: State, grid: Grid, data: dict[str, str]) -> dict[str, Any]:
         "config": config,
         "grid": {"pipeline": grid.pipeline, "data": grid.data},
         "data": data,
+        "kernels": family() if state.config.train.precision == "bf16" else "blas",
         "versions": {
             "hpcpipe": hpcpipe.__version__,
             "python": platform.python_version(),

@@ -66,6 +66,12 @@ class Session:
     events: EventLog
 
     @property
+    def share_of_core(self) -> float:
+        """The part of a core that each thread that computes has."""
+        threads = self.team.num_threads if self.config.train.precision == "bf16" else 1
+        return min(1.0, self.num_local_cores / (self.num_local_ranks * threads))
+
+    @property
     def is_root(self) -> bool:
         """Whether this rank speaks for the run."""
         return self.grid.comm.rank == 0

@@ -13,7 +13,7 @@ from hpcpipe.config.check import resolve
 from hpcpipe.config.load import load
 from hpcpipe.config.schema import Config
 from hpcpipe.kernels import warm
-from hpcpipe.kernels.features import has_bf16_unit
+from hpcpipe.kernels.features import FAMILIES, family
 from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.channel import MessageMode
 from hpcpipe.mpi.collectives import barrier, gather_rows
@@ -45,6 +45,8 @@ class Setup:
         Which cores the ranks of this node compute on: this rank does so from now on.
     waiter : Waiter
         Waits, for now with a deadline that compiling does not reach.
+    families : tuple of str
+        Kernel families that ranks would multiply bfloat16 with, the fastest first.
     """
 
     config: Config
@@ -52,6 +54,7 @@ class Setup:
     mode: MessageMode
     binding: Binding
     waiter: Waiter
+    families: tuple[str, ...]
 
 
 def agree_on_setup(world: World, config_path: Path, overrides: Sequence[str]) -> Setup:
@@ -73,8 +76,9 @@ def agree_on_setup(world: World, config_path: Path, overrides: Sequence[str]) ->
     """
     waiter = Waiter(SETUP_TIMEOUT_S, owns_core=world.owns_core)
     with together(world.comm, waiter):
-        own_unit = has_bf16_unit()
-    has_unit = bool(gather_rows(world.comm, waiter, np.array([own_unit])).all())
+        own = FAMILIES.index(family())
+    families = tuple(FAMILIES[i] for i in sorted(set(gather_rows(world.comm, waiter, np.array([own])).flat)))
+    has_unit = "vector" not in families
     with together(world.comm, waiter):
         config = resolve(load(config_path, overrides), world.size, has_unit, world.tightest)
         schedule = build_schedule(config)
@@ -82,7 +86,7 @@ def agree_on_setup(world: World, config_path: Path, overrides: Sequence[str]) ->
         mode = MessageMode.parse(os.environ.get(MESSAGES, ""))
         binding = world.bind(config.parallel.threads)
     waiter.owns_core = not binding.is_oversubscribed
-    return Setup(config, schedule, mode, binding, waiter)
+    return Setup(config, schedule, mode, binding, waiter, families)
 
 
 def compile_kernels(session: Session, world: World, say: Callable[[str], None] | None = None) -> None:
