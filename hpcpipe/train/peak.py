@@ -32,7 +32,7 @@ def measure_peak_flops(grid: Grid, waiter: Waiter, precision: str, team: Team, s
     """
     work = peak_work(precision, team)
     barrier(grid.comm, waiter)
-    best = share * best_flops_per_s(work, team.num_threads if precision == "bf16" else 1)
+    best = share * best_flops_per_s(work)
     return float(gather_rows(grid.comm, waiter, np.array([best])).sum())
 
 
