@@ -23,7 +23,9 @@ def rounded(x: Floats) -> BFloats:
 
 def widened(x: BFloats) -> Floats:
     """Return the values of bfloat16 bits in float64."""
-    wide: Floats = (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    # Casting NaN is no mistake here.
+    with np.errstate(invalid="ignore"):
+        wide: Floats = (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
     return wide
 
 

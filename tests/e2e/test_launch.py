@@ -215,7 +215,7 @@ def test_options_that_mpirun_refuses(tmp_path: Path) -> None:
 
 def test_doctor_tries_two_ranks() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "hpcpipe", "doctor", "--json"], capture_output=True, text=True, timeout=60
+        [sys.executable, "-P", "-m", "hpcpipe", "doctor", "--json"], capture_output=True, text=True, timeout=60
     )
     report = json.loads(result.stdout)
     assert (result.returncode, report["problems"]) == (0, [])
