@@ -12,7 +12,6 @@ Heads of samples are independent: threads share a call by pairs of (sample, head
 import math
 from typing import Any
 
-import numba
 import numpy as np
 
 from hpcpipe.kernels.arrays import BFloats, Floats
@@ -32,6 +31,7 @@ from hpcpipe.kernels.block import (
     PANEL_STEP_BYTES,
     ROWS,
     begin_blocks,
+    carray,
     end_blocks,
     multiply_block,
     new_block,
@@ -47,8 +47,6 @@ from hpcpipe.kernels.softmax import (
 )
 from hpcpipe.kernels.softmax_rows import LANE_BYTES, fill_lanes, finish_sums, maxima_of_lanes
 
-# numba has no types for the names that it exports.
-carray: Any = numba.carray  # type: ignore[attr-defined]
 _LOG2_E = np.float32(math.log2(math.e))
 _BLOCK_BYTES = ROWS * COLUMNS * 4
 # In the backward: the contraction of a part of the gradient of queries. So many keys by 32 queries in bfloat16 are as

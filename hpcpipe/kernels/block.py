@@ -7,12 +7,14 @@ float32, wherever the element lies: so bits do not depend on how a product is cu
 
 from typing import Any
 
+import numba
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
 from hpcpipe.kernels import amx, features
 from hpcpipe.kernels.jit import kernel
+from hpcpipe.kernels.vectors import FLOAT, FLOATS, I32, I64, LANES, WORDS, BFloat, declare, splat
 
 ROWS = 32
 COLUMNS = 32
@@ -23,58 +25,29 @@ ROW_BYTES = COLUMNS * 4
 """Of a row of a block."""
 BLOCK_ELEMENTS = ROWS * COLUMNS
 
-_LANES = 16
-_I32, _I64, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
-_FLOATS, _WORDS = ir.VectorType(_FLOAT, _LANES), ir.VectorType(_I32, _LANES)
-
-
-class _BFloat(ir.Type):
-    """LLVM's bfloat, which llvmlite does not name."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash("bfloat")
-
-
-def _declare(builder: Any, name: str, result: Any, arguments: list[Any]) -> Any:
-    """Return the declaration of an LLVM intrinsic in the module that is built."""
-    known = builder.module.globals.get(name)
-    return known or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
-
-
-def _splat(builder: Any, scalar: Any, vector: Any) -> Any:
-    undefined = ir.Constant(vector, ir.Undefined)
-    first = builder.insert_element(undefined, scalar, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(_WORDS, [0] * _LANES))
-
 
 def _dot_pairs(builder: Any, sums: list[list[Any]], pairs: list[Any], panel: list[Any]) -> list[list[Any]]:
     """Add the products of a pair of k with AVX-512's own dot product of bfloat16 pairs."""
-    operands = ir.VectorType(_BFloat(), 2 * _LANES)
-    dot = _declare(builder, "llvm.x86.avx512bf16.dpbf16ps.512", _FLOATS, [_FLOATS, operands, operands])
+    operands = ir.VectorType(BFloat(), 2 * LANES)
+    dot = declare(builder, "llvm.x86.avx512bf16.dpbf16ps.512", FLOATS, [FLOATS, operands, operands])
     right = [builder.bitcast(words, operands) for words in panel]
     result = []
     for row, pair in zip(sums, pairs, strict=True):
-        left = builder.bitcast(_splat(builder, pair, _WORDS), operands)
+        left = builder.bitcast(splat(builder, pair, WORDS), operands)
         result.append([builder.call(dot, [total, left, words]) for total, words in zip(row, right, strict=True)])
     return result
 
 
 def _widened_pairs(builder: Any, sums: list[list[Any]], pairs: list[Any], panel: list[Any]) -> list[list[Any]]:
     """Add the products of a pair of k in float32, the even k first: a bfloat16 is the upper half of a float32."""
-    fma = _declare(builder, "llvm.fma.v16f32", _FLOATS, [_FLOATS] * 3)
-    upper, shift = ir.Constant(_WORDS, [-65536] * _LANES), ir.Constant(_WORDS, [16] * _LANES)
-    even = [builder.bitcast(builder.shl(words, shift), _FLOATS) for words in panel]
-    odd = [builder.bitcast(builder.and_(words, upper), _FLOATS) for words in panel]
+    fma = declare(builder, "llvm.fma.v16f32", FLOATS, [FLOATS] * 3)
+    upper, shift = ir.Constant(WORDS, [-65536] * LANES), ir.Constant(WORDS, [16] * LANES)
+    even = [builder.bitcast(builder.shl(words, shift), FLOATS) for words in panel]
+    odd = [builder.bitcast(builder.and_(words, upper), FLOATS) for words in panel]
     result = []
     for row, pair in zip(sums, pairs, strict=True):
-        low = _splat(builder, builder.bitcast(builder.shl(pair, ir.Constant(_I32, 16)), _FLOAT), _FLOATS)
-        high = _splat(builder, builder.bitcast(builder.and_(pair, ir.Constant(_I32, -65536)), _FLOAT), _FLOATS)
+        low = splat(builder, builder.bitcast(builder.shl(pair, ir.Constant(I32, 16)), FLOAT), FLOATS)
+        high = splat(builder, builder.bitcast(builder.and_(pair, ir.Constant(I32, -65536)), FLOAT), FLOATS)
         new = [builder.call(fma, [low, words, total]) for total, words in zip(row, even, strict=True)]
         result.append([builder.call(fma, [high, words, total]) for total, words in zip(new, odd, strict=True)])
     return result
@@ -91,38 +64,38 @@ def _strip(rows: int, halves: int, add_pairs: Any) -> Any:
     def strip(typing: Any, a: Any, a_stride: Any, b: Any, num_k32: Any, out: Any, accumulate: Any) -> Any:
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             a, a_stride, b, num_k32, out, accumulate = arguments
-            constant = [ir.Constant(_I64, n) for n in range(rows)]
+            constant = [ir.Constant(I64, n) for n in range(rows)]
             places = [
                 [
-                    _at(builder, out, ir.Constant(_I64, row * COLUMNS * 4 + half * _LANES * 4), _FLOATS)
+                    _at(builder, out, ir.Constant(I64, row * COLUMNS * 4 + half * LANES * 4), FLOATS)
                     for half in range(halves)
                 ]
                 for row in range(rows)
             ]
-            zero = ir.Constant(_FLOATS, [0.0] * _LANES)
+            zero = ir.Constant(FLOATS, [0.0] * LANES)
             start = [
                 [builder.select(accumulate, builder.load(place, align=64), zero) for place in row] for row in places
             ]
             lines = [builder.add(a, builder.mul(a_stride, constant[row])) for row in range(rows)]
-            num_pairs = builder.mul(num_k32, ir.Constant(_I64, DEPTH // 2))
+            num_pairs = builder.mul(num_k32, ir.Constant(I64, DEPTH // 2))
             before = builder.block
             loop, after = builder.append_basic_block("pairs"), builder.append_basic_block("stored")
             builder.branch(loop)
             builder.position_at_end(loop)
-            pair = builder.phi(_I64)
+            pair = builder.phi(I64)
             pair.add_incoming(constant[0], before)
-            sums = [[builder.phi(_FLOATS) for _ in range(halves)] for _ in range(rows)]
+            sums = [[builder.phi(FLOATS) for _ in range(halves)] for _ in range(rows)]
             # Within 32 of k, a panel has the 16 pairs of its first 16 columns, then those of the others.
-            step = builder.lshr(pair, ir.Constant(_I64, 4))
-            words = builder.add(builder.shl(pair, ir.Constant(_I64, 6)), builder.shl(step, ir.Constant(_I64, 10)))
+            step = builder.lshr(pair, ir.Constant(I64, 4))
+            words = builder.add(builder.shl(pair, ir.Constant(I64, 6)), builder.shl(step, ir.Constant(I64, 10)))
             panel = [
-                builder.load(_at(builder, b, builder.add(words, ir.Constant(_I64, half * 1024)), _WORDS), align=64)
+                builder.load(_at(builder, b, builder.add(words, ir.Constant(I64, half * 1024)), WORDS), align=64)
                 for half in range(halves)
             ]
-            offset = builder.shl(pair, ir.Constant(_I64, 2))
-            pairs = [builder.load(_at(builder, line, offset, _I32), align=2) for line in lines]
+            offset = builder.shl(pair, ir.Constant(I64, 2))
+            pairs = [builder.load(_at(builder, line, offset, I32), align=2) for line in lines]
             new = add_pairs(builder, sums, pairs, panel)
-            following = builder.add(pair, ir.Constant(_I64, 1))
+            following = builder.add(pair, ir.Constant(I64, 1))
             end = builder.block
             pair.add_incoming(following, end)
             for row in range(rows):
@@ -201,12 +174,14 @@ def _new_block(typing: Any) -> Any:
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         with builder.goto_entry_block():
-            block = builder.alloca(ir.ArrayType(_FLOAT, BLOCK_ELEMENTS), name="block")
+            block = builder.alloca(ir.ArrayType(FLOAT, BLOCK_ELEMENTS), name="block")
             block.align = 64
-        return builder.bitcast(block, _FLOAT.as_pointer())
+        return builder.bitcast(block, FLOAT.as_pointer())
 
     return types.CPointer(types.float32)(), emit
 
 
 # Kernels call intrinsics without the argument that numba passes to them.
 new_block: Any = _new_block
+# numba has no types for the names that it exports.
+carray: Any = numba.carray  # type: ignore[attr-defined]

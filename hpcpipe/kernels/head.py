@@ -8,7 +8,6 @@ stored, rounded: so the gradient is that of the loss. A row's coefficient is its
 import math
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
@@ -23,6 +22,7 @@ from hpcpipe.kernels.block import (
     PANEL_STEP_BYTES,
     ROWS,
     begin_blocks,
+    carray,
     end_blocks,
     multiply_block,
     new_block,
@@ -43,9 +43,6 @@ from hpcpipe.kernels.vectors import (
     store,
     widened,
 )
-
-# numba has no types for the names that it exports.
-carray: Any = numba.carray  # type: ignore[attr-defined]
 
 _LEFT_BYTES = 1 << 19  # of the left operand, which stay in the second-level cache while the table streams past
 _LOWEST = np.float32(-3.4e38)

@@ -5,19 +5,16 @@ As `hpcpipe.kernels.norm`; all arithmetic is float32. Shapes: R rows, C width.
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from hpcpipe.kernels.arrays import BFloats, Floats
 from hpcpipe.kernels.bfloat16 import round_bits, widen
-from hpcpipe.kernels.block import BLOCK_ELEMENTS, new_block
+from hpcpipe.kernels.block import BLOCK_ELEMENTS, carray, new_block
 from hpcpipe.kernels.jit import kernel
 from hpcpipe.kernels.lanes import add, fma, load, multiply, round_two, splat, store, subtract, total
 from hpcpipe.kernels.lanes import widen as widen16
 from hpcpipe.kernels.norm import EPSILON
 
-# numba has no types for the names that it exports.
-carray: Any = numba.carray  # type: ignore[attr-defined]
 _STEP = 64  # elements of four vectors
 _HALF_BLOCK = BLOCK_ELEMENTS // 2
 _ZERO, _ONE = np.float32(0), np.float32(1)

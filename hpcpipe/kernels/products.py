@@ -8,7 +8,6 @@ product by rows. Elements do not depend on these cuts.
 
 from typing import Any
 
-import numba
 import numpy as np
 
 from hpcpipe.kernels.arrays import BFloats, Floats, Panels
@@ -20,6 +19,7 @@ from hpcpipe.kernels.block import (
     ROW_BYTES,
     ROWS,
     begin_blocks,
+    carray,
     end_blocks,
     multiply_block,
     new_block,
@@ -32,8 +32,6 @@ from hpcpipe.kernels.panels import transpose
 DEEP_ROWS = 128
 """Rows of the scratch of `product_deep`."""
 _LEFT_BYTES = 1 << 18  # of the left operand, which stay in the second-level cache while panels stream past
-# numba has no types for the names that it exports.
-carray: Any = numba.carray  # type: ignore[attr-defined]
 _STORE, _BIAS, _GELU, _GELU_SLOPE = range(4)
 
 

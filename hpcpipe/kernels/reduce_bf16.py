@@ -1,16 +1,9 @@
 """Sums over rows of bfloat16, each in one fixed order."""
 
-from typing import Any
-
-import numba
-
 from hpcpipe.kernels.arrays import BFloats, Floats
 from hpcpipe.kernels.bfloat16 import widen
-from hpcpipe.kernels.block import BLOCK_ELEMENTS, new_block
+from hpcpipe.kernels.block import BLOCK_ELEMENTS, carray, new_block
 from hpcpipe.kernels.jit import kernel
-
-# numba has no types for the names that it exports.
-carray: Any = numba.carray  # type: ignore[attr-defined]
 
 
 @kernel
