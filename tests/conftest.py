@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import on_rank
+from support import fresh, on_rank
 from support.ranks import NO_TESTS, RANK_ARGUMENTS
 
 TESTS = Path(__file__).parent
@@ -41,6 +41,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args[:] = [*others, f"{RANKS_FILE}::test_on_ranks"]
     paths = [str(config.invocation_params.dir / argument) for argument in inside] or [str(MPI_TESTS)]
     config.stash[RANK_ARGUMENTS] = [*selection, *paths]
+
+
+def pytest_report_header() -> str:
+    """Name the seed of random inputs."""
+    return f"random inputs: HPCPIPE_TEST_SEED={fresh.SEED}"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Give each test random inputs of its own."""
+    fresh.start(item.nodeid)
 
 
 def _is_mpi_test(config: pytest.Config, argument: str) -> bool:

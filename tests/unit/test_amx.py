@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import tile_emulator
+from support.fresh import RANDOM
 from support.tile_products import MARGIN, UNTOUCHED, save
 
 from hpcpipe.errors import UsageError
@@ -64,7 +65,7 @@ def make_case(random, a, b, accumulate):
 @pytest.fixture(scope="module")
 def operands():
     """(a, b) of each case in bfloat16: random ones, then small whole numbers, then equal rows and columns."""
-    random = np.random.default_rng()
+    random = RANDOM
 
     def normal(rows, columns):
         return to_bfloat16(random.standard_normal((rows, columns)) * 2.0 ** random.integers(-20, 20, (rows, columns)))
@@ -78,7 +79,7 @@ def operands():
 
 @pytest.fixture(scope="module")
 def cases(operands):
-    random = np.random.default_rng()
+    random = RANDOM
     flags = [accumulate for _, accumulate in CASES] + [False, False]
     return [make_case(random, *pair, accumulate) for pair, accumulate in zip(operands, flags, strict=True)]
 

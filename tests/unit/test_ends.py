@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+from support.fresh import RANDOM
 
 from hpcpipe.kernels import bfloat16, ends, gelu
 from hpcpipe.kernels.jit import kernel
 from hpcpipe.kernels.reference_products import _gelu, _gelu_slope, rounded, widened
 
-RANDOM = np.random.default_rng()
 HALF = 2.0**-8
 TINY = 1e-31
 ALL = np.arange(2**16, dtype=np.uint16)

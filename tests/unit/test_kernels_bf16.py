@@ -4,6 +4,7 @@ import inspect
 
 import numpy as np
 import pytest
+from support.fresh import RANDOM
 
 from hpcpipe.kernels import (
     adamw,
@@ -20,7 +21,6 @@ from hpcpipe.kernels.jit import kernel
 from hpcpipe.kernels.panels import panel_elements
 from hpcpipe.kernels.reference_products import rounded, widened
 
-RANDOM = np.random.default_rng()
 HALF = 2.0**-8 * (1 + 2.0**-10)
 """Largest error of rounding to bfloat16, relative to the value, if what is rounded is nearly exact."""
 SMALLEST = 2.0**-126

@@ -4,13 +4,13 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from support.fresh import RANDOM
 
 from hpcpipe.kernels import bfloat16, panels, products
 from hpcpipe.kernels import reference_products as reference
 from hpcpipe.kernels.panels import panel_elements
 
 SIZES = [(1, 1, 1), (32, 32, 32), (37, 50, 45), (64, 96, 33), (100, 70, 130), (5, 257, 16), (96, 33, 64)]
-RANDOM = np.random.default_rng()
 
 
 def aligned(num_elements, dtype):

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 from support import tile_emulator
+from support.fresh import RANDOM
 from support.tile_emulator import NUM_REGISTERS, REGISTERS, RIP, STATE_BYTES
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="tiles are x86-64's")
@@ -18,9 +19,9 @@ class Thread:
     """Registers, tiles and a little memory of an emulated thread."""
 
     def __init__(self, rows=(16,) * 8, columns=(64,) * 8):
-        self.memory = np.random.default_rng().integers(0, 256, 1 << 16, dtype=np.uint8)
+        self.memory = RANDOM.integers(0, 256, 1 << 16, dtype=np.uint8)
         self.start = self.memory.ctypes.data
-        self.registers = np.random.default_rng().integers(-(2**62), 2**62, NUM_REGISTERS)
+        self.registers = RANDOM.integers(-(2**62), 2**62, NUM_REGISTERS)
         self.state = np.zeros(STATE_BYTES + 128, np.uint8)
         self.state[0] = 1
         self.state[16:32].view(np.uint16)[:] = columns
@@ -202,7 +203,7 @@ RANGES = {
 
 @pytest.mark.parametrize(("exponents", "exponents_before"), RANGES.values(), ids=RANGES.keys())
 def test_dot_products_have_the_bits_of_the_manual(exponents, exponents_before):
-    random = np.random.default_rng()
+    random = RANDOM
     rows, pairs, columns = 7, 11, 5
     # tdpbf16ps tmm2, tmm5, tmm6
     thread = Thread(
