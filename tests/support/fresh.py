@@ -1,7 +1,7 @@
 """Random inputs that are new in every run of the suite, and can be had again.
 
-The report's header names the seed; ``HPCPIPE_TEST_SEED`` takes it, and a test then gets the same inputs, whichever other
-tests run.
+The report's header names the seed; ``HPCPIPE_TEST_SEED`` takes it, and a test then gets the same inputs, whichever
+other tests run.
 """
 
 import os
