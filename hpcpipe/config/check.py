@@ -10,6 +10,7 @@ from hpcpipe.config.grid import (
     layers_fill_the_stages,
     partition_covers_the_layers,
 )
+from hpcpipe.config.interval import parse_interval
 from hpcpipe.config.schema import Config
 from hpcpipe.config.threads import Node, choose_threads
 from hpcpipe.config.values import as_toml
@@ -33,6 +34,7 @@ POSITIVE = (
     "parallel.microbatches",
     "parallel.microbatch_size",
     "parallel.timeout_s",
+    "checkpoint.max_failures",
     "train.steps",
     "train.learning_rate",
 )
@@ -65,6 +67,7 @@ def resolve(config: Config, world_size: int, has_bf16_unit: bool = False, node: 
     """
     for check in CHECKS:
         _require(check(config, world_size))
+    parse_interval("checkpoint.every", config.checkpoint.every)
     parallel = config.parallel
     if parallel.pipeline == 0:
         parallel = replace(parallel, pipeline=world_size // parallel.data)

@@ -89,9 +89,16 @@ class TrainConfig:
 class CheckpointConfig:
     """When the state is written, and how much of it is kept."""
 
-    every: int = key(100, "steps between checkpoints; 0: only at the end")
+    every: int | str = key(
+        100,
+        'steps between checkpoints, or a time such as "15 minutes", or "auto": by measured cost and failures; 0: only'
+        " at the end",
+    )
     keep: int = key(3, "newest checkpoints kept; 0: all")
+    keep_every: int = key(0, "checkpoints of steps that are multiples of this are kept for ever; 0: none")
+    keep_best: bool = key(True, "the checkpoint with the lowest held-out loss is kept")
     on_signal: bool = key(True, "write a checkpoint when the run is asked to stop")
+    max_failures: int = key(3, "failed checkpoints in a row after which the run stops with exit code 74")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,14 +46,19 @@ def convert(value: object, kind: Any) -> Any:
 
 
 def _convert_union(value: object, kind: UnionType) -> Any:
-    """Convert to the member that is a list, or is none, as the value is."""
+    """Convert to the member that is a list, a string or a number, as the value is."""
     for member in get_args(kind):
-        if (get_origin(member) is tuple) == isinstance(value, list):
+        if _shape_of(member) is type(value):
             try:
                 return convert(value, member)
             except Mismatch as mismatch:
                 raise Mismatch(f"{describe(kind)}: {mismatch}" if isinstance(value, list) else describe(kind)) from None
     raise Mismatch(describe(kind))
+
+
+def _shape_of(member: Any) -> type:
+    """Return the type that TOML has for a member of a union."""
+    return list if get_origin(member) is tuple else member  # type: ignore[no-any-return]
 
 
 def _convert_list(value: object, kind: Any) -> tuple[Any, ...]:
