@@ -4,7 +4,7 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -49,34 +49,38 @@ def disk_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
         raise DiskError(f"{path}: {reason}{needed}: {cure}; earlier checkpoints are untouched") from error
 
 
-def write_new(path: Path, data: memoryview) -> None:
+def write_new(path: Path, buffers: Sequence[memoryview]) -> None:
     """Write a new file, and return only when the disk has it and gives it back unchanged.
 
     Parameters
     ----------
     path : Path
         Must not exist.
-    data : memoryview of uint8
-        Owned by the caller; not copied.
+    buffers : sequence of memoryview of uint8
+        What the file holds, one after the other; owned by the caller, not copied.
 
     Raises
     ------
     DiskError
         The file system refused, or what it returns differs. The file may be there, incomplete.
     """
-    with disk_errors(path, data.nbytes):
+    size = sum(buffer.nbytes for buffer in buffers)
+    with disk_errors(path, size):
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            _reserve(handle, data.nbytes)
+            _reserve(handle, size)
             written = 0
-            while written < data.nbytes:
-                count = os.write(handle, data[written : written + _BLOCK_BYTES])
-                if count == 0:
-                    raise OSError(errno.EIO, f"the file system took {written:,} bytes and no more")
-                written += count
+            for buffer in buffers:
+                done = 0
+                while done < buffer.nbytes:
+                    count = os.write(handle, buffer[done : done + _BLOCK_BYTES])
+                    if count == 0:
+                        raise OSError(errno.EIO, f"the file system took {written + done:,} bytes and no more")
+                    done += count
+                written += done
             # After a failed fsync the kernel may have dropped the data: it must not be tried again.
             os.fsync(handle)
-            _compare(handle, data)
+            _compare(handle, buffers, size)
         except BaseException:
             _close_quietly(handle)
             raise
@@ -145,19 +149,21 @@ def _reserve(handle: int, num_bytes: int) -> None:
             raise
 
 
-def _compare(handle: int, data: memoryview) -> None:
+def _compare(handle: int, buffers: Sequence[memoryview], size: int) -> None:
     """Read a synced file back, past the page cache where possible, and compare."""
-    if os.fstat(handle).st_size != data.nbytes:
-        raise OSError(errno.EIO, f"the file has {os.fstat(handle).st_size:,} bytes after writing {data.nbytes:,}")
+    if os.fstat(handle).st_size != size:
+        raise OSError(errno.EIO, f"the file has {os.fstat(handle).st_size:,} bytes after writing {size:,}")
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-    block = np.empty(min(_BLOCK_BYTES, data.nbytes), np.uint8)
-    expected = np.frombuffer(data, np.uint8)
+    block = np.empty(min(_BLOCK_BYTES, size), np.uint8)
     done = 0
-    while done < data.nbytes:
-        count = os.preadv(handle, [block[: data.nbytes - done].data], done)
-        if count == 0 or not np.array_equal(block[:count], expected[done : done + count]):
-            raise OSError(errno.EIO, f"what is read back from byte {done:,} on differs from what was written")
-        done += count
+    for buffer in buffers:
+        expected = np.frombuffer(buffer, np.uint8)
+        first = done
+        while done < first + expected.size:
+            count = os.preadv(handle, [block[: first + expected.size - done].data], done)
+            if count == 0 or not np.array_equal(block[:count], expected[done - first : done - first + count]):
+                raise OSError(errno.EIO, f"what is read back from byte {done:,} on differs from what was written")
+            done += count
 
 
 def _close_quietly(handle: int) -> None:

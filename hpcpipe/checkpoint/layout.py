@@ -3,33 +3,32 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 from numpy.typing import NDArray
 
 from hpcpipe.errors import DamagedError, UsageError
 
 FORMAT = "hpcpipe-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
-DIGEST_BYTES = 32
 DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64"}) | frozenset(
     {"uint8", "uint16", "uint32", "uint64"}
 )
 
 _STEP = re.compile(r"step-([0-9]{8,})\Z")
-_LEFTOVER = re.compile(r"(step-[0-9]{8,}\.partial|trash-.+)\Z", re.DOTALL)
+_LEFTOVER = re.compile(r"(step-[0-9]{8,}(\.[0-9a-f]+)?\.partial|trash-.+)\Z", re.DOTALL)
 _FILE = re.compile(r"rank-[0-9]{4,}\.h5\Z")
 _KIND = re.compile(r"[a-z][a-z0-9_]*\Z")
 _TENSOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A range of one tensor's elements that one rank writes.
+class PieceSpec:
+    """A range of one tensor's elements that one rank writes, without the elements.
 
     Attributes
     ----------
@@ -41,6 +40,75 @@ class Piece:
         Shape of the whole tensor.
     start, stop : int
         The elements ``[start, stop)`` of the tensor in C order; the whole tensor is ``[0, product of shape)``.
+    dtype : str
+        Name of the elements' type, such as ``float32``.
+
+    Raises
+    ------
+    ValueError
+        No file could hold it.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        if not is_kind(self.kind) or not is_tensor_name(self.name):
+            raise ValueError(f"{self.label!r}: kind and name may hold letters, digits, '_', '.', '-'; names also '/'")
+        if min(self.shape, default=0) < 0 or not 0 <= self.start <= self.stop <= prod(self.shape):
+            raise ValueError(
+                f"{self.label}: elements [{self.start}, {self.stop}) are not within its {prod(self.shape)} elements"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"{self.label}: cannot store {self.dtype}; one of {', '.join(sorted(DTYPES))} can be")
+
+    @property
+    def label(self) -> str:
+        """The piece in messages."""
+        return f"{self.kind} of {self.name}"
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.stop - self.start
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the elements."""
+        return self.size * np.dtype(self.dtype).itemsize
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the piece is the whole tensor."""
+        return self.start == 0 and self.stop == prod(self.shape)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` takes, JSON-able."""
+        return {**vars(self), "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, item: dict[str, Any]) -> Self:
+        """Return the spec that `to_json` was called on.
+
+        Raises
+        ------
+        ValueError, TypeError, KeyError
+            Something is missing or impossible.
+        """
+        shape = tuple(int(extent) for extent in item["shape"])
+        return cls(item["name"], item["kind"], shape, int(item["start"]), int(item["stop"]), item["dtype"])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A range of one tensor's elements that one rank writes; the attributes as in `PieceSpec`.
+
+    Attributes
+    ----------
     data : array of stop - start elements
         C-contiguous, of any shape; owned by the caller and only read.
     """
@@ -53,34 +121,35 @@ class Piece:
     data: NDArray[Any]
 
     def __post_init__(self) -> None:
-        size = prod(self.shape)
-        label = f"{self.kind} of {self.name}"
-        if not is_kind(self.kind) or not is_tensor_name(self.name):
-            raise ValueError(f"{label!r}: kind and name may hold letters, digits, '_', '.', '-'; names also '/'")
-        if not 0 <= self.start <= self.stop <= size:
-            raise ValueError(f"{label}: elements [{self.start}, {self.stop}) are not within its {size} elements")
-        if self.data.size != self.stop - self.start or not self.data.flags.c_contiguous:
+        spec = self.spec
+        if self.data.size != spec.size or not self.data.flags.c_contiguous:
             raise ValueError(
-                f"{label}: elements [{self.start}, {self.stop}) need {self.stop - self.start} contiguous elements, "
+                f"{spec.label}: elements [{self.start}, {self.stop}) need {spec.size} contiguous elements, "
                 f"got {self.data.size}{'' if self.data.flags.c_contiguous else ', not contiguous'}"
             )
-        if self.data.dtype.name not in DTYPES or not self.data.dtype.isnative:
-            raise ValueError(f"{label}: cannot store {self.data.dtype}; one of {', '.join(sorted(DTYPES))} can be")
+        if not self.data.dtype.isnative:
+            raise ValueError(f"{spec.label}: cannot store {self.data.dtype} in another byte order than the machine's")
 
     @property
-    def is_whole(self) -> bool:
-        """Whether the piece is the whole tensor."""
-        return self.start == 0 and self.stop == prod(self.shape)
+    def spec(self) -> PieceSpec:
+        """The piece without its data."""
+        shape = tuple(int(extent) for extent in self.shape)
+        return PieceSpec(self.name, self.kind, shape, int(self.start), int(self.stop), self.data.dtype.name)
 
-
-def new_hash() -> blake2b:
-    """Start the hash that checkpoints use everywhere: BLAKE2b of 32 bytes."""
-    return blake2b(digest_size=DIGEST_BYTES)
+    @property
+    def buffer(self) -> memoryview:
+        """The bytes of the data, not copied."""
+        return self.data.reshape(-1).view(np.uint8).data
 
 
 def step_name(step: int) -> str:
     """Name the directory of a step."""
     return f"step-{step:08d}"
+
+
+def partial_name(step: int, token: str = "") -> str:
+    """Name the directory of a step while it is written; a token keeps apart what two launches write."""
+    return ".".join(filter(None, (step_name(step), token, "partial")))
 
 
 def step_of(name: str) -> int | None:

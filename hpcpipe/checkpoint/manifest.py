@@ -1,13 +1,18 @@
 """The manifest: the file that commits a checkpoint and says what it holds, where, and with which hashes."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpcpipe.checkpoint.layout import FORMAT, MANIFEST, VERSION, new_hash, step_of
+from hpcpipe.checkpoint.digests import digest_key, digest_of
+from hpcpipe.checkpoint.files import open_regular, read_range
+from hpcpipe.checkpoint.layout import FORMAT, MANIFEST, VERSION, step_of
 from hpcpipe.checkpoint.table import Manifest, parse
 from hpcpipe.errors import DamagedError
+
+_BYTES_AT_MOST = 256 << 20
 
 
 def assemble(header: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -23,7 +28,7 @@ def assemble(header: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[
     Returns
     -------
     dict
-        JSON-able, the digest of all the rest under ``blake2b``.
+        JSON-able, the digest of all the rest under ``blake3``.
 
     Raises
     ------
@@ -55,12 +60,21 @@ def assemble(header: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[
         parse(document)
     except (ValueError, TypeError, KeyError) as error:
         raise DamagedError(f"checkpoint of step {step}: {error}; not committed") from error
-    return {**document, "blake2b": _digest(document)}
+    return {**document, digest_key(): _digest(document, VERSION)}
 
 
 def render(document: dict[str, Any]) -> bytes:
-    """Write the one text of a document: sorted keys, one per line."""
-    return (json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
+    """Write the one text of a document: sorted keys, one per line.
+
+    Raises
+    ------
+    DamagedError
+        It would be larger than what `load_manifest` reads.
+    """
+    text = (json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n").encode("ascii")
+    if len(text) > _BYTES_AT_MOST:
+        raise DamagedError(f"a manifest of {len(text):,} bytes could not be read again, at most {_BYTES_AT_MOST:,} can")
+    return text
 
 
 def load_manifest(path: Path) -> Manifest:
@@ -82,11 +96,7 @@ def load_manifest(path: Path) -> Manifest:
         The manifest is missing, unreadable, altered, of an unknown version, or of another step.
     """
     file = path / MANIFEST
-    try:
-        raw = file.read_bytes()
-    except OSError as error:
-        cause = "is missing: the checkpoint was never finished" if isinstance(error, FileNotFoundError) else error
-        raise DamagedError(f"{file}: {cause}") from error
+    raw = _read(file)
     try:
         document = json.loads(raw)
         _check_version(document)
@@ -100,29 +110,46 @@ def load_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def _read(file: Path) -> bytes:
+    """Read the text of a manifest, if it has a size that one can have."""
+    try:
+        handle = open_regular(file)
+        try:
+            size = os.fstat(handle).st_size
+            if size > _BYTES_AT_MOST:
+                raise DamagedError(f"{file}: has {size:,} bytes, a manifest at most {_BYTES_AT_MOST:,}")
+            raw = bytearray(size)
+            return bytes(raw[: read_range(handle, 0, memoryview(raw))])
+        finally:
+            os.close(handle)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{file}: is missing: the checkpoint was never finished") from error
+    except OSError as error:
+        raise DamagedError(f"{file}: cannot be read: {error.strerror}") from error
+
+
 def _check_version(document: Any) -> None:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"is not the manifest of a checkpoint (it has no format {FORMAT!r})")
     version = document.get("version")
-    if version != VERSION or isinstance(version, bool):
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
         raise ValueError(
-            f"has version {version!r}, this hpcpipe reads version {VERSION}: a checkpoint is read by the hpcpipe that "
-            "wrote it and by later ones; install one that knows this version"
+            f"has version {version!r}, this hpcpipe reads versions 1 to {VERSION}: a checkpoint is read by the hpcpipe "
+            "that wrote it and by later ones; install one that knows this version"
         )
 
 
 def _check_digest(document: dict[str, Any], raw: bytes) -> None:
-    content = {key: value for key, value in document.items() if key != "blake2b"}
+    key = digest_key(document["version"])
+    content = {name: value for name, value in document.items() if name != key}
     # The text is compared too: 1e5 and 1E5 are the same number, but not the same file.
-    if document.get("blake2b") != _digest(content) or render(document) != raw:
+    if document.get(key) != _digest(content, document["version"]) or render(document) != raw:
         raise ValueError("was altered after it was written (its digest differs)")
 
 
-def _digest(content: dict[str, Any]) -> str:
-    digest = new_hash()
+def _digest(content: dict[str, Any], version: int) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    digest.update(text.encode("ascii"))
-    return digest.hexdigest()
+    return digest_of(text.encode("ascii"), version).hex()
 
 
 def _describe(error: Exception) -> str:

@@ -8,7 +8,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from hpcpipe.checkpoint.layout import new_hash
+from hpcpipe.checkpoint.digests import new_hash
+from hpcpipe.checkpoint.files import hash_range, new_block, open_regular, read_range
 from hpcpipe.checkpoint.table import Manifest, PieceEntry, TensorEntry
 from hpcpipe.errors import DamagedError
 
@@ -16,23 +17,25 @@ _OPEN_AT_MOST = 16
 
 
 class Reader:
-    """Fills the caller's buffers from the files of a checkpoint.
+    """Fills the caller's buffers from the files of a checkpoint, and checks every piece that it touches.
 
     The bytes are taken from where the manifest says they are, straight into the buffer. A range of elements is
     no selection that HDF5 could express, and a file that was damaged or made to do harm is never given to HDF5.
+    Of a piece that is wanted in part all is read once, for its hash; later parts of it are read alone.
 
     Parameters
     ----------
     path : Path
         Directory of a committed checkpoint.
     manifest : Manifest
-        Its manifest. Files are opened when they are needed; ``verify`` is what checks all of their bytes.
+        Its manifest. Files are opened when they are needed. ``verify_metadata`` checks the bytes around the tensors.
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path = path
         self._manifest = manifest
         self._handles: dict[str, int] = {}
+        self._checked: set[tuple[str, int]] = set()
 
     def read(self, name: str, kind: str, out: NDArray[Any], start: int = 0, stop: int | None = None) -> None:
         """Read the elements ``[start, stop)`` of a tensor.
@@ -53,7 +56,7 @@ class Reader:
         ------
         DamagedError
             The checkpoint has no such tensor, or it has another shape or dtype; a file is missing, of another
-            size, or unreadable; a piece that was read as a whole has another hash.
+            size, or unreadable; a piece that the range touches has another hash.
         ValueError
             `out` is not contiguous, or the range lies outside the tensor.
         """
@@ -61,15 +64,14 @@ class Reader:
         if tensor is None or kind not in tensor.kinds:
             raise DamagedError(f"{self._path}: has no {kind} of {name}: it is of another model")
         stop = tensor.size if stop is None else stop
-        self._check(tensor, f"{kind} of {name}", out, start, stop)
+        label = f"{kind} of {name}"
+        self._check(tensor, label, out, start, stop)
         target = out.reshape(-1).view(np.uint8)
         for piece in tensor.kinds[kind]:
             first, last = max(start, piece.start), min(stop, piece.stop)
             if first < last:
                 part = target[(first - start) * tensor.item_bytes : (last - start) * tensor.item_bytes]
-                self._fill(piece, piece.offset + (first - piece.start) * tensor.item_bytes, part)
-                if (first, last) == (piece.start, piece.stop):
-                    self._check_hash(piece, f"{kind} of {name}", part)
+                self._fill(piece, tensor.item_bytes, (first - piece.start) * tensor.item_bytes, part.data, label)
 
     def close(self) -> None:
         """Close the files; the reader may still be used, and opens them again."""
@@ -99,35 +101,37 @@ class Reader:
                 f"{out.dtype} of shape {list(out.shape)}: it is of another model"
             )
 
-    def _fill(self, piece: PieceEntry, offset: int, target: NDArray[np.uint8]) -> None:
-        """Read bytes of a file into a buffer."""
+    def _fill(self, piece: PieceEntry, item_bytes: int, skip: int, target: memoryview, label: str) -> None:
+        """Read a piece from its byte `skip` on into a buffer, and compare it with its hash unless that was done."""
+        path, num_bytes = self._path / piece.file, (piece.stop - piece.start) * item_bytes
+        is_part, key = target.nbytes < num_bytes, (piece.file, piece.offset)
         try:
             handle = self._open(piece.file)
-            done = 0
-            while done < target.size:
-                count = os.preadv(handle, [target[done:].data], offset + done)
-                if count == 0:
-                    raise DamagedError(f"{self._path / piece.file}: ends at byte {offset + done:,}, it was truncated")
-                done += count
+            if is_part and key in self._checked:
+                done = skip + read_range(handle, piece.offset + skip, target)
+                num_bytes = skip + target.nbytes
+            else:
+                rest = num_bytes - skip - target.nbytes
+                block = new_block(max(skip, rest) if is_part else 0)
+                digest = new_hash(self._manifest.version)
+                done = hash_range(handle, piece.offset, skip, digest, block)
+                done += read_range(handle, piece.offset + skip, target, digest)
+                done += hash_range(handle, piece.offset + skip + target.nbytes, rest, digest, block)
+                if done == num_bytes and digest.digest().hex() != piece.digest:
+                    raise DamagedError(f"{path}: {label} was altered after it was written (its hash differs)")
+                self._checked.add(key)
         except OSError as error:
-            raise DamagedError(f"{self._path / piece.file}: cannot be read: {error.strerror}") from error
+            raise DamagedError(f"{path}: cannot be read: {error.strerror}") from error
+        if done != num_bytes:
+            raise DamagedError(f"{path}: ends at byte {piece.offset + done:,}, it was truncated")
 
     def _open(self, name: str) -> int:
         """Open a file, or find it open; few stay open, however many ranks wrote."""
         if name not in self._handles:
             if len(self._handles) >= _OPEN_AT_MOST:
                 os.close(self._handles.pop(next(iter(self._handles))))
-            handle = self._handles[name] = os.open(self._path / name, os.O_RDONLY | os.O_CLOEXEC)
+            handle = self._handles[name] = open_regular(self._path / name)
             size, expected = os.fstat(handle).st_size, self._manifest.files[name].size_bytes
             if size != expected:
                 raise DamagedError(f"{self._path / name}: has {size:,} bytes, the manifest says {expected:,}")
         return self._handles[name]
-
-    def _check_hash(self, piece: PieceEntry, label: str, data: NDArray[np.uint8]) -> None:
-        """Compare a whole piece with its hash."""
-        digest = new_hash()
-        digest.update(data.data)
-        if digest.hexdigest() != piece.blake2b:
-            raise DamagedError(
-                f"{self._path / piece.file}: {label} was altered after it was written (its hash differs)"
-            )

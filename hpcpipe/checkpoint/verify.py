@@ -1,15 +1,17 @@
 """Whether a checkpoint is what was written: every byte of every file, and in words what is not."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from hpcpipe.checkpoint.layout import MANIFEST, new_hash
+from hpcpipe.checkpoint.files import digest_range, new_block, open_regular
+from hpcpipe.checkpoint.layout import MANIFEST
 from hpcpipe.checkpoint.manifest import load_manifest
-from hpcpipe.checkpoint.table import Manifest
+from hpcpipe.checkpoint.table import Manifest, Region
 from hpcpipe.errors import DamagedError
 
-_BLOCK_BYTES = 1 << 20
 _NAMED_AT_MOST = 5
+_Digest = Callable[[int, int], str]
 
 
 def verify(path: Path) -> list[str]:
@@ -34,10 +36,9 @@ def verify(path: Path) -> list[str]:
 
 
 def verify_file(path: Path, manifest: Manifest, name: str) -> list[str]:
-    """Check one file of a checkpoint, so that ranks can share the work.
+    """Check one file of a checkpoint, so that ranks can share the work; each byte is read and hashed once.
 
-    A damaged file is never opened as HDF5, which could crash the process: the manifest knows where each
-    tensor's bytes are.
+    A file is never opened as HDF5, which could crash the process: the manifest knows where each tensor's bytes are.
 
     Parameters
     ----------
@@ -53,24 +54,17 @@ def verify_file(path: Path, manifest: Manifest, name: str) -> list[str]:
     list of str
         The problems; for an altered file they name the tensors whose bytes differ.
     """
-    file, entry = path / name, manifest.files[name]
-    try:
-        with file.open("rb", buffering=0) as stream:
-            handle = stream.fileno()
-            size = os.fstat(handle).st_size
-            if size != entry.size_bytes:
-                return [f"{file}: has {size:,} bytes, the manifest says {entry.size_bytes:,}"]
-            found = _hash_range(handle, 0, size)
-            if found == entry.blake2b:
-                return []
-            twin = next((other.name for other in manifest.files.values() if other.blake2b == found), None)
-            if twin:
-                return [f"{file}: holds what belongs in {twin}: the files were swapped or copied"]
-            return [f"{file}: was altered after it was written (its hash differs); {_altered(handle, manifest, name)}"]
-    except FileNotFoundError:
-        return [f"{file}: is missing"]
-    except OSError as error:
-        return [f"{file}: cannot be read: {error.strerror}"]
+    return _verify(path, manifest, name, manifest.regions[name])
+
+
+def verify_metadata(path: Path, manifest: Manifest, name: str) -> list[str]:
+    """Check what a `Reader` does not of one file: its size, and what HDF5 keeps around the tensors.
+
+    Parameters and return value as of `verify_file`. Version 1 has no digests of this part alone: there the whole file
+    is read.
+    """
+    regions = [region for region in manifest.regions[name] if not region.label]
+    return _verify(path, manifest, name, regions)
 
 
 def unknown_files(path: Path, manifest: Manifest) -> list[str]:
@@ -85,31 +79,59 @@ def unknown_files(path: Path, manifest: Manifest) -> list[str]:
     return sorted(item.name for item in path.iterdir() if item.name not in known)
 
 
-def _altered(handle: int, manifest: Manifest, name: str) -> str:
+def _verify(path: Path, manifest: Manifest, name: str, regions: Sequence[Region]) -> list[str]:
+    """Check the size of a file, and some of its regions; for version 1 the whole."""
+    file, entry = path / name, manifest.files[name]
+    try:
+        handle = open_regular(file)
+        try:
+            size = os.fstat(handle).st_size
+            if size != entry.size_bytes:
+                return [f"{file}: has {size:,} bytes, the manifest says {entry.size_bytes:,}"]
+            block = new_block(size)
+
+            def digest(start: int, stop: int) -> str:
+                return digest_range(handle, start, stop - start, manifest.version, block)
+
+            return [f"{file}: {problem}" for problem in _alterations(manifest, name, regions, digest)]
+        finally:
+            os.close(handle)
+    except FileNotFoundError:
+        return [f"{file}: is missing"]
+    except OSError as error:
+        return [f"{file}: cannot be read: {error.strerror}"]
+
+
+def _alterations(manifest: Manifest, name: str, regions: Sequence[Region], digest: _Digest) -> list[str]:
+    """Say what of a file of the right size is not as it was written."""
+    whole = Region(0, manifest.files[name].size_bytes, manifest.files[name].digest, "")
+    checked = regions if manifest.version > 1 else [whole]
+    altered = [region.label for region in checked if digest(region.start, region.stop) != region.digest]
+    if not altered:
+        return []
+    twin = _twin(manifest, name, digest)
+    if twin:
+        return [f"holds what belongs in {twin}: the files were swapped or copied"]
+    if manifest.version == 1:
+        pieces = manifest.regions[name]
+        altered = [region.label for region in pieces if digest(region.start, region.stop) != region.digest]
+    return [f"was altered after it was written (its hash differs); {_describe([label for label in altered if label])}"]
+
+
+def _twin(manifest: Manifest, name: str, digest: _Digest) -> str | None:
+    """Find the file of the checkpoint that a file's content belongs to."""
+    for other in manifest.files.values():
+        if other.name != name and other.size_bytes == manifest.files[name].size_bytes:
+            whole = Region(0, other.size_bytes, other.digest, "")
+            regions = manifest.regions[other.name] if manifest.version > 1 else [whole]
+            if all(digest(region.start, region.stop) == region.digest for region in regions):
+                return other.name
+    return None
+
+
+def _describe(altered: Sequence[str]) -> str:
     """Name the tensors of an altered file whose bytes differ."""
-    altered = [
-        f"{kind} of {label}"
-        for label, tensor in manifest.tensors.items()
-        for kind, pieces in tensor.kinds.items()
-        for piece in pieces
-        if piece.file == name
-        and _hash_range(handle, piece.offset, (piece.stop - piece.start) * tensor.item_bytes) != piece.blake2b
-    ]
     if not altered:
         return "all its tensors are intact, the damage is in what HDF5 keeps around them"
     more = f" and {len(altered) - _NAMED_AT_MOST} more" if len(altered) > _NAMED_AT_MOST else ""
     return f"damaged: {', '.join(altered[:_NAMED_AT_MOST])}{more}"
-
-
-def _hash_range(handle: int, start: int, num_bytes: int) -> str:
-    """Hash a range of bytes of an open file."""
-    digest = new_hash()
-    block = memoryview(bytearray(min(_BLOCK_BYTES, num_bytes)))
-    done = 0
-    while done < num_bytes:
-        count = os.preadv(handle, [block[: num_bytes - done]], start + done)
-        if count == 0:
-            break
-        digest.update(block[:count])
-        done += count
-    return digest.hexdigest()

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from hpcpipe.checkpoint import disk
-from hpcpipe.checkpoint.image import build
-from hpcpipe.checkpoint.layout import MANIFEST, Piece, file_name, leftovers, new_hash, step_name
+from hpcpipe.checkpoint.digests import digest_of
+from hpcpipe.checkpoint.image import Image
+from hpcpipe.checkpoint.layout import MANIFEST, Piece, file_name, leftovers, step_name
 from hpcpipe.checkpoint.manifest import assemble, render
 from hpcpipe.errors import DamagedError
 
@@ -55,7 +56,7 @@ def write_file(partial: Path, writer: int, step: int, pieces: Sequence[Piece]) -
     step : int
         The number of optimizer updates made.
     pieces : sequence of Piece
-        What this rank writes, at most one piece per kind and tensor; copied once into the image of the file.
+        What this rank writes, at most one piece per kind and tensor; only read, not copied.
 
     Returns
     -------
@@ -70,15 +71,10 @@ def write_file(partial: Path, writer: int, step: int, pieces: Sequence[Piece]) -
         Two pieces of the same kind of the same tensor, or of different shape or dtype.
     """
     name = file_name(writer)
-    image, tensors = build(step, pieces)
-    disk.write_new(partial / name, image)
-    digest = new_hash()
-    digest.update(image)
-    return {
-        "step": step,
-        "file": {"name": name, "bytes": image.nbytes, "blake2b": digest.hexdigest()},
-        "tensors": tensors,
-    }
+    image = Image([piece.spec for piece in pieces])
+    regions = image.regions(step, [piece.buffer for piece in pieces])
+    disk.write_new(partial / name, [region.buffer for region in regions])
+    return image.record(name, step, regions, [digest_of(region.buffer) for region in regions])
 
 
 def commit(partial: Path, header: dict[str, Any], records: Sequence[dict[str, Any]]) -> Path:
@@ -111,7 +107,7 @@ def commit(partial: Path, header: dict[str, Any], records: Sequence[dict[str, An
     if partial.name != f"{final.name}.partial":
         raise DamagedError(f"{partial}: the header is of step {document['step']}; the checkpoint is not committed")
     _check_sizes(partial, document["files"])
-    disk.write_new(partial / MANIFEST, memoryview(render(document)))
+    disk.write_new(partial / MANIFEST, [memoryview(render(document))])
     disk.sync_directory(partial)
     trash = disk.move_to_trash(final) if final.exists() else None
     with disk.disk_errors(final):

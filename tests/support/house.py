@@ -29,6 +29,7 @@ DOORS = {
     "scipy": ("kernels",),
     "llvmlite": ("kernels",),
     "h5py": ("checkpoint", "data"),
+    "blake3": ("checkpoint",),
     "rich": ("telemetry", "cli"),
 }
 """Outside libraries and the rooms that may import them; None: all."""

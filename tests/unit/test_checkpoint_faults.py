@@ -223,7 +223,7 @@ def test_what_the_disk_returns_is_compared_with_what_was_written(tmp_path, monke
 
     def altering(handle, data):
         altered = bytearray(data)
-        altered[777] ^= 1
+        altered[-1] ^= 1
         return real_write(handle, altered)
 
     monkeypatch.setattr(os, "write", altering)

@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import time
 from pathlib import Path
 
 import h5py
@@ -10,11 +12,13 @@ import pytest
 from support.checkpoints import make_checkpoint, make_header, make_pieces
 
 from hpcpipe.checkpoint.compare import compare
-from hpcpipe.checkpoint.image import build
-from hpcpipe.checkpoint.layout import Piece, candidates, locate
+from hpcpipe.checkpoint.digests import digest_of
+from hpcpipe.checkpoint.image import Image
+from hpcpipe.checkpoint.layout import Piece, PieceSpec, candidates, locate
 from hpcpipe.checkpoint.manifest import load_manifest
 from hpcpipe.checkpoint.read import Reader
 from hpcpipe.checkpoint.retain import retain
+from hpcpipe.checkpoint.sparse import SparseFile
 from hpcpipe.checkpoint.verify import unknown_files, verify
 from hpcpipe.checkpoint.write import abandon, begin, commit, write_file
 from hpcpipe.errors import DamagedError, UsageError
@@ -39,10 +43,10 @@ def test_any_range_is_read_across_the_pieces_of_several_files(tmp_path):
     path, tensors = make_checkpoint(tmp_path, 7, 3)
     name, kind = "layers/003/attention/qkv/weight", "moment1"
     whole = tensors[name, kind].reshape(-1)
-    random = np.random.default_rng(3)
+    draw = np.random.default_rng(3)
     with Reader(path, load_manifest(path)) as reader:
         for _ in range(50):
-            start, stop = sorted(random.integers(0, whole.size + 1, 2).tolist())
+            start, stop = sorted(draw.integers(0, whole.size + 1, 2).tolist())
             out = np.zeros(stop - start, whole.dtype)
             reader.read(name, kind, out, start, stop)
             assert np.array_equal(out, whole[start:stop])
@@ -53,7 +57,7 @@ def test_other_programs_read_the_files_as_hdf5(tmp_path):
     whole = {}
     for name in ("rank-0000.h5", "rank-0001.h5"):
         with h5py.File(path / name, "r") as file:
-            assert (file.attrs["format"], file.attrs["version"], file.attrs["step"]) == ("hpcpipe-checkpoint", 1, 100)
+            assert (file.attrs["format"], file.attrs["version"], file.attrs["step"]) == ("hpcpipe-checkpoint", 2, 100)
             for (tensor, kind), expected in tensors.items():
                 if f"{kind}/{tensor}" not in file:
                     continue
@@ -70,12 +74,77 @@ def test_other_programs_read_the_files_as_hdf5(tmp_path):
     assert all(np.array_equal(whole[key], tensors[key]) for key in tensors)
 
 
-def test_equal_state_gives_equal_files():
+def image_of(image, step, pieces):
+    """Return the bytes of a step's file, and its record."""
+    regions = image.regions(step, [piece.buffer for piece in pieces])
+    data = b"".join(region.buffer for region in regions)
+    return data, image.record("rank-0000.h5", step, regions, [digest_of(region.buffer) for region in regions])
+
+
+def test_equal_state_gives_equal_files_now_and_later():
     pieces = make_pieces(2)[0]
-    first, second = build(5, pieces), build(5, pieces)
-    assert bytes(first[0]) == bytes(second[0])
-    assert first[1] == second[1]
-    assert bytes(build(6, pieces)[0]) != bytes(first[0])
+    first, second = Image([piece.spec for piece in pieces]), Image([piece.spec for piece in pieces])
+    made = image_of(first, 5, pieces)
+    time.sleep(1.1)  # HDF5 counts times in seconds, should it keep any.
+    assert image_of(Image([piece.spec for piece in pieces]), 5, pieces) == made
+    for step in (2**40, 6, 1):
+        assert image_of(second, step, pieces)[0] != made[0]
+    assert image_of(second, 5, pieces) == made
+
+
+def test_an_image_takes_the_bytes_where_they_lie_and_covers_the_file_once():
+    pieces = make_pieces(3)[1]
+    image = Image([piece.spec for piece in pieces])
+    regions = image.regions(7, [piece.buffer for piece in pieces])
+    end = 0
+    for region in regions:
+        assert region.offset == end
+        assert region.buffer.nbytes > 0
+        end += region.buffer.nbytes
+        if region.piece is not None:
+            assert np.shares_memory(np.frombuffer(region.buffer, np.uint8), pieces[region.piece].data)
+    assert end == image.size_bytes
+    held = {number for number, piece in enumerate(pieces) if piece.data.size}
+    assert {region.piece for region in regions} == held | {None}
+
+
+def test_an_image_of_a_large_model_holds_no_bytes_of_its_tensors():
+    num_elements = 2**38
+    specs = [PieceSpec("w", kind, (num_elements,), 0, num_elements, "float32") for kind in ("weight", "moment1")]
+    image = Image(specs)
+    assert image.size_bytes > 2 * 4 * num_elements
+    assert image._file.held_bytes < 2**16
+    with pytest.raises(ValueError, match=f"weight of w: needs {4 * num_elements} contiguous bytes, got 4"):
+        image.regions(1, [memoryview(bytes(4))] * 2)
+
+
+def test_a_sparse_file_is_a_file(tmp_path):
+    draw = random.Random(3)
+    sparse = SparseFile()
+    with (tmp_path / "real").open("w+b", buffering=0) as real:
+        for _ in range(2000):
+            where, count = draw.choice((0, 4090, 8192, 2**33)) + draw.randrange(20), draw.randrange(9000)
+            what = draw.randrange(5)
+            for file in (sparse, real):
+                file.seek(where)
+            if what < 2:
+                data = draw.randbytes(count)
+                assert sparse.write(data) == real.write(data)
+            elif what < 4:
+                assert sparse.read(count) == real.read(count)
+            else:
+                assert sparse.truncate(where) == real.truncate(where)
+            assert sparse.tell() == real.tell()
+            assert sparse.seek(0, os.SEEK_END) == real.seek(0, os.SEEK_END) == sparse.size_bytes
+
+
+def test_a_spec_comes_back_from_json():
+    for piece in make_pieces(2)[1]:
+        assert PieceSpec.from_json(json.loads(json.dumps(piece.spec.to_json()))) == piece.spec
+    for change in ({"name": "../w"}, {"kind": "W"}, {"shape": [-2, -2]}, {"stop": 99}, {"dtype": "object"}):
+        item = PieceSpec("w", "weight", (2, 2), 0, 4, "float32").to_json()
+        with pytest.raises(ValueError, match="w"):
+            PieceSpec.from_json({**item, **change})
 
 
 def test_the_callers_arrays_are_not_changed(tmp_path):
@@ -144,7 +213,9 @@ def test_a_piece_that_cannot_be_stored_is_refused_at_once():
         with pytest.raises(ValueError, match=r"w|a//b"):
             wrong()
     with pytest.raises(ValueError, match="written twice"):
-        build(1, [_piece(0, 4), _piece(4, 10)])
+        Image([_piece(0, 4).spec, _piece(4, 10).spec])
+    with pytest.raises(ValueError, match="one shape and dtype"):
+        Image([_piece(0, 4).spec, _piece(4, 10, kind="moment1", dtype=np.float64).spec])
 
 
 def test_a_reader_refuses_what_the_checkpoint_does_not_hold(tmp_path):
