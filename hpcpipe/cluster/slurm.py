@@ -6,8 +6,13 @@ job's own facts are used there: job, nodes, restarts. Task numbers count only be
 
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+_ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
+_ENDED |= {"PENDING", "PREEMPTED", "REVOKED", "TIMEOUT"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,41 @@ def allocation(environ: Mapping[str, str] = os.environ) -> Allocation | None:
         restart_count=_number(environ, "SLURM_RESTART_COUNT") or 0,
         num_cpus_per_node=min(_counts(environ.get("SLURM_JOB_CPUS_PER_NODE", "")), default=None),
     )
+
+
+def cluster_name(environ: Mapping[str, str] = os.environ) -> str:
+    """Return Slurm's name of the cluster that this process runs on; numbers of jobs repeat on another one."""
+    return environ.get("SLURM_CLUSTER_NAME", "")
+
+
+def has_ended(job_id: int, timeout_s: float = 2.0) -> bool | None:
+    """Ask ``squeue`` whether a job of this cluster has ended, or waits to be started again.
+
+    Parameters
+    ----------
+    job_id : int
+        Slurm's number of the job.
+    timeout_s : float
+        Longest to wait for the answer.
+
+    Returns
+    -------
+    bool or None
+        None where Slurm does not say.
+    """
+    squeue = shutil.which("squeue")
+    if squeue is None:
+        return None
+    command = [squeue, "-h", "-j", str(job_id), "-t", "all", "-o", "%T"]
+    try:
+        answer = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=timeout_s
+        )
+    except (subprocess.TimeoutExpired, OSError):
+        return None
+    if answer.returncode != 0:
+        return True if "Invalid job id" in answer.stderr else None
+    return set(answer.stdout.split()) <= _ENDED
 
 
 def task(environ: Mapping[str, str] = os.environ) -> tuple[int, int, int] | None:

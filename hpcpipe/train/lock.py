@@ -1,42 +1,65 @@
-"""One run per directory: a lock that names its holder and that a dead holder does not keep."""
+"""One run per directory: a lock that names its holder, that a dead holder does not keep, and that can be lost.
+
+Files are only created, renamed and removed, each of which is atomic on every file system that a cluster shares; the
+file system need not have locks.
+"""
 
 import contextlib
-import json
+import errno
 import os
-import socket
 import threading
 import time
+from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
-from hpcpipe.data.write import exclusive
+from hpcpipe.cluster.holder import Holder, is_known_alive, this_process
 from hpcpipe.errors import DiskError, InUseError
 
-_RENEW_S = 5.0
-_STALE_S = 60.0
-_NOBODY: dict[str, Any] = {"host": "", "pid": 0, "process_start": "", "started": ""}
+_RENEW_S = 1.0
+_WATCH_S = 3.0
+_POLL_S = 0.1
+_SURE_S = 2.0
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
 class RunLock:
     """The lock of a run directory, held by rank 0.
 
-    The holder renews the file's time of change every few seconds. A lock is taken over if its process is gone from this
-    machine, or if it is another machine's and has not been renewed for a minute. Runs that look at it at once wait for
-    each other, where the file system has locks.
+    The holder renews the file's time of change every second. Whoever finds a lock takes it over if its holder is known
+    to be gone, see `hpcpipe.cluster.holder.is_known_alive`; where that cannot be known it watches the file for three
+    seconds, and takes it over if nobody has renewed it. Clocks of different machines are never compared.
+
+    A holder that was only held up, such as a suspended process, finds another fence in the file: from then on it must
+    not write any more, see `check`.
 
     Parameters
     ----------
     path : Path
         The lock file, in an existing directory.
+    me : Holder, optional
+        Who takes the lock; this process without it.
+    say : callable, optional
+        Takes a line of text for people, when the lock has to be watched.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, me: Holder | None = None, say: Callable[[str], None] | None = None) -> None:
         self._path = path
-        self._content = ""
+        self._me = me or this_process()
+        self._content = self._me.to_bytes()
+        self._say = say or (lambda text: None)
         self._done = threading.Event()
+        self._mutex = threading.Lock()
+        self._is_lost = False
+        self._seen_at = 0.0
+
+    @property
+    def fence(self) -> str:
+        """What the file says as long as the lock is this run's, see `hpcpipe.cluster.holder.fence_of`."""
+        return self._me.fence
 
     def acquire(self) -> str:
-        """Take the lock.
+        """Take the lock, and renew it from now on.
 
         Returns
         -------
@@ -50,123 +73,235 @@ class RunLock:
         DiskError
             If the file cannot be made or read; an incomplete one is not left behind.
         """
-        self._content = json.dumps(_identity())
         try:
-            with exclusive(self._path):
-                taken_from = self._take()
-        except DiskError as error:
-            raise DiskError(f"{error}: free space, or choose another run.dir") from error
+            taken_from = _take(self._path, self._me, self._say)
+            _remove_leftovers(self._path, self._content)
+        except OSError as error:
+            raise DiskError(
+                f"{self._path}: cannot be written: {error.strerror or error}: free space, or choose another run.dir"
+            ) from error
+        self._seen_at = time.monotonic()
         threading.Thread(target=self._renew, daemon=True).start()
         return taken_from
 
-    def _take(self) -> str:
-        """Make the file, if need be in place of a dead run's."""
-        taken_from = ""
-        while not self._create():
-            holder = _read(self._path)
-            if holder is None:
-                continue
-            if _is_alive(holder, self._path):
-                raise InUseError(
-                    f"{self._path.parent} is in use by process {holder['pid']} on {holder['host']}, started"
-                    f" {holder['started']}: wait for it, stop it, or choose another run.name"
-                )
-            taken_from = f"process {holder['pid']} on {holder['host']}"
-            _remove_if_unchanged(self._path, holder)
-        return taken_from
+    def is_ours(self) -> bool:
+        """Read the file, and tell whether the lock is still this run's; one that somebody removed is made again."""
+        with self._mutex:
+            if self._is_lost or self._done.is_set():
+                return False
+            try:
+                found = _read(self._path)
+                is_ours = found == self._content or (found is None and _create(self._path, self._me))
+            except OSError:
+                # A file system that does not answer says nothing about who holds the lock.
+                return True
+            self._is_lost = not is_ours
+            self._seen_at = time.monotonic()
+            return is_ours
+
+    def check(self) -> None:
+        """Refuse to go on if the lock is another run's; reads the file only if that has not been done for two seconds.
+
+        Raises
+        ------
+        InUseError
+            If the lock was taken over, which can happen to a run that did not get to run for some seconds.
+        """
+        if self._is_lost or (time.monotonic() - self._seen_at > _SURE_S and not self.is_ours()):
+            raise InUseError(
+                f"{self._path.parent} was taken over by {_holder(self._path)}, since this run had not shown itself for"
+                f" {_WATCH_S:g} s; it writes nothing more"
+            )
 
     def release(self) -> None:
         """Give the lock back, if it is still this run's."""
-        self._done.set()
-        try:
-            if self._path.read_bytes() == self._content.encode():
-                self._path.unlink()
-        except OSError:
-            return
-
-    def _create(self) -> bool:
-        try:
-            handle = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except FileExistsError:
-            return False
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(self._content.encode())
-        except OSError:
-            self._path.unlink(missing_ok=True)
-            raise
-        return True
+        with self._mutex:
+            self._done.set()
+        with contextlib.suppress(OSError, InUseError):
+            _replace(self._path, self._content, self._me, None)
 
     def _renew(self) -> None:
-        while not self._done.wait(_RENEW_S):
-            try:
+        while not self._done.wait(_RENEW_S) and self.is_ours():
+            with contextlib.suppress(OSError):
                 os.utime(self._path)
-            except OSError:
-                return
 
 
 def is_held_by_another(path: Path) -> bool:
     """Return whether a lock file's holder is alive and not this process, or the file may not be read."""
+    me = this_process()
     try:
-        holder = _read(path)
-        if holder is None or (holder["host"], holder["pid"]) == (socket.gethostname(), os.getpid()):
-            return False
-        return _is_alive(holder, path)
+        while (content := _read(path)) is not None:
+            holder = Holder.from_bytes(content) or Holder()
+            if holder.is_process_of(me):
+                return False
+            verdict = _is_alive(path, content, me)
+            if verdict is not None:
+                return verdict
     except OSError as error:
         return not isinstance(error, IsADirectoryError)
+    return False
 
 
-def _identity() -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "process_start": _process_start(os.getpid()),
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
+def _take(path: Path, me: Holder, say: Callable[[str], None]) -> str:
+    """Make the file, if need be in place of a dead run's, and return who held that."""
+    before = None
+    while True:
+        content = _read(path)
+        if content is None:
+            if _create(path, me):
+                return ""
+            continue
+        holder = Holder.from_bytes(content) or Holder()
+        # Who took the lock while this process watched it was there a moment ago.
+        verdict = _is_alive(path, content, me, say) if before in (None, content) else True
+        before = content
+        if verdict:
+            raise InUseError(
+                f"{path.parent} is in use by {holder}, started {holder.started}: wait for it, stop it, or choose"
+                " another run.name"
+            )
+        if verdict is False and _replace(path, content, me, me.to_bytes()):
+            return str(holder)
 
 
-def _process_start(pid: int) -> str:
-    """Return when a process of this machine started, in clock ticks; empty if it has ended: numbers are reused."""
+def _is_alive(path: Path, content: bytes, me: Holder, say: Callable[[str], None] | None = None) -> bool | None:
+    """Tell whether the holder of a lock with this content is there; None if the file has changed meanwhile.
+
+    Opening the file makes network file systems ask their server, which asking for its status does not.
+    """
+    first = _signature(path)
+    if first is None:
+        return None
+    holder = Holder.from_bytes(content) or Holder()
+    known = is_known_alive(holder, me, first[0] * 1e-9)
+    if known is not None:
+        return known
+    if say is not None:
+        say(f"{path.parent} is locked by {holder}: watching for up to {_WATCH_S:g} s whether it is still there")
+    deadline = time.monotonic() + _WATCH_S
+    while time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+        if _read(path) != content:
+            return None
+        if _signature(path) != first:
+            return True
+    return False
+
+
+def _replace(path: Path, content: bytes, me: Holder, new: bytes | None) -> bool:
+    """Replace or remove a lock file if it has a certain content, which nobody else can do at the same time.
+
+    The right to do so is a file beside it, named after the content: since every content is unique, having that file and
+    then still finding the content means that nobody changes it. A process that died with the right loses it as it would
+    lose the lock.
+    """
+    right = path.with_name(f"{path.name}.{_digest(content)}")
+    deadline = time.monotonic() + _WATCH_S
+    while not _create(right, me):
+        held = _read(right)
+        if _read(path) != content:
+            return False
+        if held is None:
+            continue
+        if time.monotonic() > deadline:
+            raise InUseError(f"{path.parent} is being taken over by {_holder(right)}, which hangs: stop it")
+        if _is_alive(right, held, me) is not False:
+            time.sleep(_POLL_S / 10)
+        elif _replace(right, held, me, me.to_bytes()):
+            break
     try:
-        # The name of the program, in parentheses, may be any bytes.
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode("ascii").split()
+        if _read(path) != content:
+            return False
+        if new is None:
+            path.unlink()
+            return True
+        temporary = _temporary(path, me)
+        temporary.write_bytes(new)
+        temporary.replace(path)
+        return True
+    finally:
+        right.unlink(missing_ok=True)
+
+
+def _create(path: Path, me: Holder) -> bool:
+    """Make a lock file, whole or not at all; False if there is one."""
+    temporary = _temporary(path, me)
+    try:
+        temporary.write_bytes(me.to_bytes())
+        os.link(temporary, path)
+    except FileExistsError:
+        # Over NFS the answer to a link that was made may be lost, and the second try finds it.
+        return temporary.stat().st_nlink == 2
+    except FileNotFoundError:
+        # The new holder of the lock has tidied up; or the directory is gone, which the next look finds.
+        if not path.parent.is_dir():
+            raise
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        return _create_without_links(path, me)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
+def _create_without_links(path: Path, me: Holder) -> bool:
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(me.to_bytes())
     except OSError:
-        return ""
-    # In a container nobody may ever collect a killed orphan: it stays as a zombie.
-    return "" if fields[0] in "ZX" else fields[19]
+        path.unlink(missing_ok=True)
+        raise
+    return True
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """Return who holds a lock, or None if it is gone; a lock that stays unreadable belongs to nobody."""
+def _read(path: Path) -> bytes | None:
+    """Return the content of a lock file, None if there is none; one that is just being written is waited for."""
+    content = b""
     for _ in range(10):
         try:
-            holder = {**_NOBODY, **json.loads(path.read_bytes())}
+            content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, TypeError, RecursionError):
-            time.sleep(0.05)
-        else:
-            return holder if all(type(holder[key]) is type(_NOBODY[key]) for key in _NOBODY) else _NOBODY
-    return _NOBODY
+        if Holder.from_bytes(content) is not None:
+            break
+        time.sleep(0.05)
+    return content
 
 
-def _is_alive(holder: dict[str, Any], path: Path) -> bool:
-    if holder["host"] == socket.gethostname():
-        return bool(holder["process_start"]) and _process_start(holder["pid"]) == holder["process_start"]
+def _signature(path: Path) -> tuple[int, int, int] | None:
+    """Return what a renewal changes: times and identity of the file; None if it is gone."""
     try:
-        return bool(holder["host"]) and time.time() - path.stat().st_mtime < _STALE_S
-    except FileNotFoundError:
-        return False
+        with path.open("rb") as file:
+            state = os.fstat(file.fileno())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return state.st_mtime_ns, state.st_ctime_ns, state.st_ino
 
 
-def _remove_if_unchanged(path: Path, holder: dict[str, Any]) -> None:
-    """Remove a dead run's lock, unless somebody else took it over in the meantime."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}.dead")
-    try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    if _read(aside) != holder:
-        with contextlib.suppress(FileExistsError):
-            os.link(aside, path)
-    aside.unlink(missing_ok=True)
+def _holder(path: Path) -> str:
+    """Name who holds a lock now."""
+    with contextlib.suppress(OSError):
+        return str(Holder.from_bytes(path.read_bytes()) or "another run")
+    return "another run"
+
+
+def _temporary(path: Path, me: Holder) -> Path:
+    return path.with_name(f".{path.name}.{me.fence}.{threading.get_ident()}.tmp")
+
+
+def _digest(content: bytes) -> str:
+    return blake2b(content, digest_size=8).hexdigest()
+
+
+def _remove_leftovers(path: Path, content: bytes) -> None:
+    """Remove what killed processes left: unfinished files, and rights to replace contents that are gone."""
+    for found in (*path.parent.glob(f".{path.name}.*.tmp"), *path.parent.glob(f"{path.name}.*")):
+        if found.name != f"{path.name}.{_digest(content)}":
+            with contextlib.suppress(OSError):
+                found.unlink()
