@@ -15,6 +15,7 @@ from hpcpipe.errors import DamagedError, UsageError
 FORMAT = "hpcpipe-checkpoint"
 VERSION = 2
 MANIFEST = "manifest.json"
+VIEW = "view.h5"
 DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "int64"}) | frozenset(
     {"uint8", "uint16", "uint32", "uint64"}
 )
@@ -227,7 +228,8 @@ def locate(path: Path) -> list[Path]:
     if not path.is_dir():
         raise UsageError(f"{path}: no such directory; give a run directory or one of its checkpoints")
     if (path / MANIFEST).exists() or step_of(path.resolve().name) is not None:
-        return [path]
+        # A link that somebody names is followed; one that is found in a run is not.
+        return [path.resolve() if path.is_symlink() else path]
     found = candidates(path) or candidates(path / "checkpoints")
     if not found:
         raise DamagedError(f"{path}: holds no checkpoint (no directory such as checkpoints/{step_name(100)})")

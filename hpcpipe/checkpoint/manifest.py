@@ -8,7 +8,7 @@ from typing import Any
 
 from hpcpipe.checkpoint.digests import digest_key, digest_of
 from hpcpipe.checkpoint.files import open_regular, read_range
-from hpcpipe.checkpoint.layout import FORMAT, MANIFEST, VERSION, step_of
+from hpcpipe.checkpoint.layout import FORMAT, MANIFEST, VERSION, VIEW, step_of
 from hpcpipe.checkpoint.table import Manifest, parse
 from hpcpipe.errors import DamagedError
 
@@ -61,6 +61,14 @@ def assemble(header: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[
     except (ValueError, TypeError, KeyError) as error:
         raise DamagedError(f"checkpoint of step {step}: {error}; not committed") from error
     return {**document, digest_key(): _digest(document, VERSION)}
+
+
+def enter_view(document: dict[str, Any], view: bytes) -> dict[str, Any]:
+    """Return the document of `assemble` with an entry for the file that was made from it."""
+    key = digest_key()
+    content = {name: value for name, value in document.items() if name != key}
+    content["view"] = {"name": VIEW, "bytes": len(view), key: digest_of(view).hex()}
+    return {**content, key: _digest(content, VERSION)}
 
 
 def render(document: dict[str, Any]) -> bytes:

@@ -1,28 +1,40 @@
 """Which checkpoints stay."""
 
+import math
+from functools import lru_cache
 from pathlib import Path
 
 from hpcpipe.checkpoint.disk import move_to_trash, remove, sync_directory
-from hpcpipe.checkpoint.layout import candidates
+from hpcpipe.checkpoint.layout import MANIFEST, candidates, step_of
 from hpcpipe.checkpoint.manifest import load_manifest
 from hpcpipe.errors import DamagedError
 
 
-def retain(root: Path, keep: int, newest: Path) -> list[Path]:
-    """Remove old checkpoints. One rank calls it, after a commit.
+def retain(root: Path, newest: Path, *, keep: int, keep_every: int = 0, keep_best: bool = False) -> list[Path]:
+    """Remove old checkpoints. One process calls it, after a commit.
 
-    The checkpoint just written is always kept and counts first; then come older ones whose manifest is sound and whose
-    files have their sizes. What is older than the oldest kept goes, damaged or not. A checkpoint of a later step is
-    neither counted nor removed: this run did not write it, and went on without it for a reason.
+    What stays:
+
+    - the newest `keep` good ones, and whatever is newer than the oldest of them; a good one has a sound manifest, and
+      files of the sizes that it says;
+    - every step that is a multiple of `keep_every`;
+    - the good one with the lowest held-out loss, the newest of equal ones; the header's ``val_loss`` says it;
+    - every later step than `newest`: this run did not write it, and went on without it for a reason.
+
+    So the last good one stays whatever the settings. While there are no more good ones than `keep`, nothing goes.
 
     Parameters
     ----------
     root : Path
         The run's ``checkpoints`` directory.
-    keep : int
-        How many stay; 0: all.
     newest : Path
         The checkpoint just written.
+    keep : int
+        How many of the newest stay; 0: all.
+    keep_every : int
+        Steps; 0: none stays for its number.
+    keep_best : bool
+        Whether the best one stays.
 
     Returns
     -------
@@ -36,22 +48,52 @@ def retain(root: Path, keep: int, newest: Path) -> list[Path]:
     """
     if keep <= 0:
         return []
-    older = [path for path in candidates(root) if path.name < newest.name]
-    complete = [path for path in older if _is_complete(path)]
-    if len(complete) < keep:
+    present = {path: step_of(path.name) or 0 for path in candidates(root)}
+    last = step_of(newest.name) or 0
+    paths = [path for path, step in present.items() if step <= last]
+    good = [path for path in paths if _is_good(path)]
+    if len(good) <= keep:
         return []
-    old = older[older.index(complete[keep - 2]) + 1 :] if keep > 1 else older
+    best = min(good, key=_loss) if keep_best else None
+    old = [
+        path
+        for path in paths[paths.index(good[keep - 1]) + 1 :]
+        if not (keep_every > 0 and present[path] % keep_every == 0)
+        and not (path == best and math.isfinite(_loss(path)))
+    ]
     trash = [move_to_trash(path) for path in old]
-    sync_directory(root)
+    if trash:
+        sync_directory(root)
     for path in trash:
         remove(path)
     return old
 
 
-def _is_complete(path: Path) -> bool:
+def _is_good(path: Path) -> bool:
     """Check the manifest and the sizes, without reading the files."""
     try:
-        files = load_manifest(path).files.values()
-        return all((path / file.name).stat().st_size == file.size_bytes for file in files)
+        sizes, _ = _read(path)
+        return all((path / name).lstat().st_size == size for name, size in sizes)
     except (DamagedError, OSError):
         return False
+
+
+def _loss(path: Path) -> float:
+    """Return the held-out loss of a good checkpoint; infinite if it was not evaluated."""
+    return _read(path)[1]
+
+
+def _read(path: Path) -> tuple[tuple[tuple[str, int], ...], float]:
+    """Return the names and sizes of a checkpoint's files, and its held-out loss."""
+    state = (path / MANIFEST).lstat()
+    return _read_once(path, state.st_ino, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _read_once(path: Path, *_state: int) -> tuple[tuple[tuple[str, int], ...], float]:
+    """Read a manifest again only if the file is another one: those that stay for ever become many."""
+    manifest = load_manifest(path)
+    loss = manifest.header.get("val_loss")
+    is_number = isinstance(loss, int | float) and not isinstance(loss, bool)
+    sizes = tuple((file.name, file.size_bytes) for file in manifest.files.values())
+    return sizes, float(loss) if is_number and loss is not None else math.inf

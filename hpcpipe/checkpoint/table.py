@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hpcpipe.checkpoint.digests import digest_key, is_digest, join
-from hpcpipe.checkpoint.layout import DTYPES, is_file_name, is_kind, is_tensor_name
+from hpcpipe.checkpoint.layout import DTYPES, VIEW, is_file_name, is_kind, is_tensor_name
 
 _DIMENSIONS_AT_MOST = 32
 
@@ -78,6 +78,8 @@ class Manifest:
     files : dict of str to FileEntry
     tensors : dict of str to TensorEntry
         By global name.
+    view : FileEntry or None
+        The file that shows other programs the tensors as one model; there may be none.
     """
 
     version: int
@@ -85,6 +87,7 @@ class Manifest:
     header: dict[str, Any]
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
+    view: FileEntry | None = None
 
     @property
     def num_parameters(self) -> int:
@@ -93,7 +96,7 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all files without the manifest."""
+        """Bytes of the ranks' files."""
         return sum(file.size_bytes for file in self.files.values())
 
     @cached_property
@@ -153,7 +156,8 @@ def parse(document: dict[str, Any]) -> Manifest:
     step, header = _count(document["step"]), document["header"]
     if not isinstance(header, dict) or header.get("step") != step:
         raise ValueError(f"has step {step}, but its header has another one")
-    manifest = Manifest(version, step, header, files, tensors)
+    view = _parse_view(document["view"], key) if "view" in document else None
+    manifest = Manifest(version, step, header, files, tensors, view)
     if version > 1:
         _check_regions(manifest)
     return manifest
@@ -164,6 +168,13 @@ def _parse_file(item: Any, key: str) -> FileEntry:
     metadata = () if key == digest_key(1) else item["metadata"]
     regions = tuple(RegionEntry(_count(part["offset"]), _count(part["bytes"]), _digest(part[key])) for part in metadata)
     return FileEntry(str(item["name"]), _count(item["bytes"]), _digest(item[key]), regions)
+
+
+def _parse_view(item: Any, key: str) -> FileEntry:
+    size, digest = _count(item["bytes"]), _digest(item[key])
+    if item["name"] != VIEW:
+        raise ValueError(f"names the view {item['name']!r:.80}, which is not possible")
+    return FileEntry(VIEW, size, digest, (RegionEntry(0, size, digest),))
 
 
 def _parse_tensor(name: str, item: Any, files: dict[str, FileEntry], key: str) -> TensorEntry:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hpcpipe.checkpoint.files import digest_range, new_block, open_regular
-from hpcpipe.checkpoint.layout import MANIFEST
+from hpcpipe.checkpoint.layout import MANIFEST, VIEW
 from hpcpipe.checkpoint.manifest import load_manifest
-from hpcpipe.checkpoint.table import Manifest, Region
+from hpcpipe.checkpoint.table import FileEntry, Manifest, Region
 from hpcpipe.errors import DamagedError
 
 _NAMED_AT_MOST = 5
@@ -15,7 +15,7 @@ _Digest = Callable[[int, int], str]
 
 
 def verify(path: Path) -> list[str]:
-    """Check a committed checkpoint: the manifest, and the size and hash of every file.
+    """Check a committed checkpoint: the manifest, and every byte of every file and of the view.
 
     Parameters
     ----------
@@ -32,7 +32,8 @@ def verify(path: Path) -> list[str]:
         manifest = load_manifest(path)
     except DamagedError as error:
         return [str(error)]
-    return [problem for name in manifest.files for problem in verify_file(path, manifest, name)]
+    problems = [problem for name in manifest.files for problem in verify_file(path, manifest, name)]
+    return problems + verify_view(path, manifest)
 
 
 def verify_file(path: Path, manifest: Manifest, name: str) -> list[str]:
@@ -54,7 +55,7 @@ def verify_file(path: Path, manifest: Manifest, name: str) -> list[str]:
     list of str
         The problems; for an altered file they name the tensors whose bytes differ.
     """
-    return _verify(path, manifest, name, manifest.regions[name])
+    return _verify(path / name, manifest.files[name], manifest, manifest.regions[name])
 
 
 def verify_metadata(path: Path, manifest: Manifest, name: str) -> list[str]:
@@ -64,7 +65,18 @@ def verify_metadata(path: Path, manifest: Manifest, name: str) -> list[str]:
     is read.
     """
     regions = [region for region in manifest.regions[name] if not region.label]
-    return _verify(path, manifest, name, regions)
+    return _verify(path / name, manifest.files[name], manifest, regions)
+
+
+def verify_view(path: Path, manifest: Manifest) -> list[str]:
+    """Check the file that shows other programs the tensors as one model; a restart can do without it.
+
+    Parameters and return value as of `verify`, whose part it is.
+    """
+    if manifest.view is None:
+        return []
+    region = Region(0, manifest.view.size_bytes, manifest.view.digest, "")
+    return _verify(path / VIEW, manifest.view, manifest, [region])
 
 
 def unknown_files(path: Path, manifest: Manifest) -> list[str]:
@@ -75,13 +87,12 @@ def unknown_files(path: Path, manifest: Manifest) -> list[str]:
     list of str
         Names, sorted.
     """
-    known = {MANIFEST, *manifest.files}
+    known = {MANIFEST, VIEW, *manifest.files} if manifest.view else {MANIFEST, *manifest.files}
     return sorted(item.name for item in path.iterdir() if item.name not in known)
 
 
-def _verify(path: Path, manifest: Manifest, name: str, regions: Sequence[Region]) -> list[str]:
+def _verify(file: Path, entry: FileEntry, manifest: Manifest, regions: Sequence[Region]) -> list[str]:
     """Check the size of a file, and some of its regions; for version 1 the whole."""
-    file, entry = path / name, manifest.files[name]
     try:
         handle = open_regular(file)
         try:
@@ -93,7 +104,7 @@ def _verify(path: Path, manifest: Manifest, name: str, regions: Sequence[Region]
             def digest(start: int, stop: int) -> str:
                 return digest_range(handle, start, stop - start, manifest.version, block)
 
-            return [f"{file}: {problem}" for problem in _alterations(manifest, name, regions, digest)]
+            return [f"{file}: {problem}" for problem in _alterations(manifest, entry, regions, digest)]
         finally:
             os.close(handle)
     except FileNotFoundError:
@@ -102,26 +113,28 @@ def _verify(path: Path, manifest: Manifest, name: str, regions: Sequence[Region]
         return [f"{file}: cannot be read: {error.strerror}"]
 
 
-def _alterations(manifest: Manifest, name: str, regions: Sequence[Region], digest: _Digest) -> list[str]:
+def _alterations(manifest: Manifest, entry: FileEntry, regions: Sequence[Region], digest: _Digest) -> list[str]:
     """Say what of a file of the right size is not as it was written."""
-    whole = Region(0, manifest.files[name].size_bytes, manifest.files[name].digest, "")
+    whole = Region(0, entry.size_bytes, entry.digest, "")
     checked = regions if manifest.version > 1 else [whole]
     altered = [region.label for region in checked if digest(region.start, region.stop) != region.digest]
     if not altered:
         return []
-    twin = _twin(manifest, name, digest)
+    if entry.name == VIEW:
+        return ["was altered after it was written (its hash differs); only other programs read it"]
+    twin = _twin(manifest, entry, digest)
     if twin:
         return [f"holds what belongs in {twin}: the files were swapped or copied"]
     if manifest.version == 1:
-        pieces = manifest.regions[name]
+        pieces = manifest.regions[entry.name]
         altered = [region.label for region in pieces if digest(region.start, region.stop) != region.digest]
     return [f"was altered after it was written (its hash differs); {_describe([label for label in altered if label])}"]
 
 
-def _twin(manifest: Manifest, name: str, digest: _Digest) -> str | None:
+def _twin(manifest: Manifest, entry: FileEntry, digest: _Digest) -> str | None:
     """Find the file of the checkpoint that a file's content belongs to."""
     for other in manifest.files.values():
-        if other.name != name and other.size_bytes == manifest.files[name].size_bytes:
+        if other.name != entry.name and other.size_bytes == entry.size_bytes:
             whole = Region(0, other.size_bytes, other.digest, "")
             regions = manifest.regions[other.name] if manifest.version > 1 else [whole]
             if all(digest(region.start, region.stop) == region.digest for region in regions):

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hpcpipe.checkpoint import disk
+from hpcpipe.checkpoint import disk, view
 from hpcpipe.checkpoint.digests import digest_of
 from hpcpipe.checkpoint.image import Image
-from hpcpipe.checkpoint.layout import MANIFEST, Piece, file_name, leftovers, step_name
-from hpcpipe.checkpoint.manifest import assemble, render
+from hpcpipe.checkpoint.layout import MANIFEST, VIEW, Piece, file_name, leftovers, step_name
+from hpcpipe.checkpoint.manifest import assemble, enter_view, render
 from hpcpipe.errors import DamagedError
 
 
@@ -107,7 +107,9 @@ def commit(partial: Path, header: dict[str, Any], records: Sequence[dict[str, An
     if partial.name != f"{final.name}.partial":
         raise DamagedError(f"{partial}: the header is of step {document['step']}; the checkpoint is not committed")
     _check_sizes(partial, document["files"])
-    disk.write_new(partial / MANIFEST, [memoryview(render(document))])
+    content = view.build(document)
+    disk.write_new(partial / VIEW, [memoryview(content)])
+    disk.write_new(partial / MANIFEST, [memoryview(render(enter_view(document, content)))])
     disk.sync_directory(partial)
     trash = disk.move_to_trash(final) if final.exists() else None
     with disk.disk_errors(final):

@@ -69,7 +69,7 @@ def save(state: State, grid: Grid, waiter: Waiter, root: Path, data: dict[str, s
         with together(comm, waiter):
             if is_root:
                 committed = commit(partial, _header(state, grid, data), records)
-                retain(root, state.config.checkpoint.keep, committed)
+                retain(root, committed, keep=state.config.checkpoint.keep)
                 path = os.fsencode(committed)
     except HpcpipeError:
         if is_root:

@@ -38,7 +38,7 @@ def exit_of(pid):
 def write_on(root, steps):
     for step in steps:
         path, _ = make_checkpoint(root, step, 2)
-        retain(root, 2, path)
+        retain(root, path, keep=2)
 
 
 def test_killed_at_any_moment_every_committed_checkpoint_verifies(tmp_path):
@@ -89,7 +89,7 @@ def test_killed_at_every_system_call_of_a_writing(tmp_path):
             for name in SYSTEM_CALLS:
                 setattr(os, name, counted(getattr(os, name)))
             path, _ = make_checkpoint(root, 2, 2)
-            retain(root, 1, path)
+            retain(root, path, keep=1)
 
         code = exit_of(in_child(write))
         sound = [path.name for path in candidates(root) if verify(path) == []]
@@ -110,8 +110,9 @@ def test_a_file_size_limit_is_a_disk_error_and_the_one_before_is_intact(tmp_path
     refuse_beyond(tmp_path, limit, file, limit_before_files=True)
 
 
-def test_a_manifest_beyond_the_file_size_limit_commits_nothing(tmp_path):
-    refuse_beyond(tmp_path, 700, "manifest.json", limit_before_files=False)
+@pytest.mark.parametrize(("limit", "file"), [(700, "view.h5"), (20_000, "manifest.json")])
+def test_a_view_or_manifest_beyond_the_file_size_limit_commits_nothing(tmp_path, limit, file):
+    refuse_beyond(tmp_path, limit, file, limit_before_files=False)
 
 
 def refuse_beyond(root, limit, file, limit_before_files):
@@ -126,7 +127,7 @@ def refuse_beyond(root, limit, file, limit_before_files):
         try:
             record = write_file(partial, 0, 2, make_pieces(1)[0])
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            commit(partial, make_header(2), [record])
+            commit(partial, {**make_header(2), "note": "x" * 20_000}, [record])
         except DiskError as error:
             complete = all(part in str(error) for part in (str(partial / file), "ulimit -f", "bytes needed"))
             os._exit(74 if complete else 1)

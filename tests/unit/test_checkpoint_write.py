@@ -17,7 +17,6 @@ from hpcpipe.checkpoint.image import Image
 from hpcpipe.checkpoint.layout import Piece, PieceSpec, candidates, locate
 from hpcpipe.checkpoint.manifest import load_manifest
 from hpcpipe.checkpoint.read import Reader
-from hpcpipe.checkpoint.retain import retain
 from hpcpipe.checkpoint.sparse import SparseFile
 from hpcpipe.checkpoint.verify import unknown_files, verify
 from hpcpipe.checkpoint.write import abandon, begin, commit, write_file
@@ -288,39 +287,6 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert again == path
     assert verify(again) == []
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize(
-    ("keep", "left"), [(0, [4, 3, 2, 1]), (1, [4]), (2, [4, 3]), (4, [4, 3, 2, 1]), (9, [4, 3, 2, 1])]
-)
-def test_the_newest_are_kept(tmp_path, keep, left):
-    for step in (1, 2, 3, 4):
-        newest, _ = make_checkpoint(tmp_path, step, 1)
-    gone = retain(tmp_path, keep, newest)
-    assert [int(path.name[5:]) for path in candidates(tmp_path)] == left
-    assert [int(path.name[5:]) for path in gone] == [step for step in (4, 3, 2, 1) if step not in left]
-    assert len(list(tmp_path.iterdir())) == len(left)
-
-
-def test_a_damaged_checkpoint_never_pushes_out_a_good_one(tmp_path):
-    for step in (1, 2, 3, 4, 5):
-        newest, _ = make_checkpoint(tmp_path, step, 1)
-    (tmp_path / "step-00000003" / "manifest.json").unlink()
-    os.truncate(tmp_path / "step-00000004" / "rank-0000.h5", 10)
-    retain(tmp_path, 2, newest)
-    assert [path.name[-1] for path in candidates(tmp_path)] == ["5", "4", "3", "2"]
-    assert verify(tmp_path / "step-00000002") == []
-
-
-@pytest.mark.parametrize("keep", [1, 2, 3])
-def test_later_steps_neither_count_nor_go(tmp_path, keep):
-    # A run that went on from step 2, because 6 and 8 are damaged in a way that sizes do not show, writes step 4.
-    for step in (2, 6, 8):
-        make_checkpoint(tmp_path, step, 1)
-    newest, _ = make_checkpoint(tmp_path, 4, 1)
-    retain(tmp_path, keep, newest)
-    left = [int(path.name[5:]) for path in candidates(tmp_path)]
-    assert left == ([8, 6, 4] if keep == 1 else [8, 6, 4, 2])
 
 
 def test_a_path_may_be_a_step_its_parent_or_the_run(tmp_path, monkeypatch):

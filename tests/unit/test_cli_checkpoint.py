@@ -61,7 +61,7 @@ def test_show_prints_one_json_object(call, run_dir):
     assert (shown["step"], shown["tokens"], shown["num_tensors"], shown["num_parameters"]) == (200, 819200, 7, 257)
     assert shown["model"]["width"] == 128
     files = {file["name"]: file["bytes"] for file in shown["files"]}
-    assert files == {path.name: path.stat().st_size for path in (run_dir / "checkpoints/step-00000200").glob("*.h5")}
+    assert files == {path.name: path.stat().st_size for path in (run_dir / "checkpoints/step-00000200").glob("rank-*.h5")}
     assert shown["bytes"] == sum(files.values())
     assert {"name": "head/scale", "shape": [], "dtype": "float64", "kinds": ["moment1", "moment2", "weight"]} in shown[
         "tensors"
