@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from hpcpipe.checkpoint.trouble import from_environment
 from hpcpipe.errors import DiskError
 
+_trouble = from_environment()
 _BLOCK_BYTES = 8 << 20
 _CURE = {
     errno.ENOSPC: "free space there, lower checkpoint.keep, or set run.dir to another file system",
@@ -49,8 +51,8 @@ def disk_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
         raise DiskError(f"{path}: {reason}{needed}: {cure}; earlier checkpoints are untouched") from error
 
 
-def write_new(path: Path, buffers: Sequence[memoryview]) -> None:
-    """Write a new file, and return only when the disk has it and gives it back unchanged.
+def write_new(path: Path, buffers: Sequence[memoryview], *, read_back: bool = True) -> None:
+    """Write a new file, and return only when the disk has it.
 
     Parameters
     ----------
@@ -58,6 +60,8 @@ def write_new(path: Path, buffers: Sequence[memoryview]) -> None:
         Must not exist.
     buffers : sequence of memoryview of uint8
         What the file holds, one after the other; owned by the caller, not copied.
+    read_back : bool
+        Whether the disk must also give it back unchanged.
 
     Raises
     ------
@@ -73,18 +77,51 @@ def write_new(path: Path, buffers: Sequence[memoryview]) -> None:
             for buffer in buffers:
                 done = 0
                 while done < buffer.nbytes:
+                    _trouble.meet("write", min(_BLOCK_BYTES, buffer.nbytes - done))
                     count = os.write(handle, buffer[done : done + _BLOCK_BYTES])
                     if count == 0:
                         raise OSError(errno.EIO, f"the file system took {written + done:,} bytes and no more")
                     done += count
                 written += done
             # After a failed fsync the kernel may have dropped the data: it must not be tried again.
+            _trouble.meet("sync")
             os.fsync(handle)
-            _compare(handle, buffers, size)
+            if read_back:
+                _compare(handle, buffers, size)
         except BaseException:
             _close_quietly(handle)
             raise
         os.close(handle)
+
+
+def rename(path: Path, new: Path) -> None:
+    """Give a file or directory another name beside it.
+
+    Raises
+    ------
+    DiskError
+        The file system refused.
+    """
+    with disk_errors(new):
+        _trouble.meet("rename")
+        path.rename(new)
+
+
+def drop_from_cache(path: Path) -> None:
+    """Ask the kernel to read a synced file from the disk the next time, and not from memory.
+
+    Raises
+    ------
+    DiskError
+        The file cannot be opened.
+    """
+    with disk_errors(path):
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            _trouble.meet("read", os.fstat(handle).st_size)
+        finally:
+            os.close(handle)
 
 
 def sync_directory(path: Path) -> None:
@@ -98,6 +135,7 @@ def sync_directory(path: Path) -> None:
     with disk_errors(path):
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
+            _trouble.meet("sync")
             os.fsync(handle)
         finally:
             os.close(handle)
@@ -117,8 +155,7 @@ def move_to_trash(path: Path) -> Path:
         The file system refused.
     """
     trash = path.with_name(f"trash-{path.name}-{secrets.token_hex(4)}")
-    with disk_errors(path):
-        path.rename(trash)
+    rename(path, trash)
     return trash
 
 
@@ -143,6 +180,7 @@ def remove(path: Path) -> None:
 def _reserve(handle: int, num_bytes: int) -> None:
     """Ask for the space before anything is written, where the file system can promise it."""
     try:
+        _trouble.meet("reserve")
         os.posix_fallocate(handle, 0, num_bytes)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):

@@ -7,9 +7,10 @@ from typing import Any
 from hpcpipe.checkpoint import disk, view
 from hpcpipe.checkpoint.digests import digest_of
 from hpcpipe.checkpoint.image import Image
-from hpcpipe.checkpoint.layout import MANIFEST, VIEW, Piece, file_name, leftovers, step_name
+from hpcpipe.checkpoint.layout import MANIFEST, VIEW, Piece, file_name, leftovers, partial_name, step_name
 from hpcpipe.checkpoint.manifest import assemble, enter_view, render
-from hpcpipe.errors import DamagedError
+from hpcpipe.cluster.holder import fence_of
+from hpcpipe.errors import DamagedError, InUseError
 
 
 def begin(root: Path, step: int) -> Path:
@@ -37,11 +38,28 @@ def begin(root: Path, step: int) -> Path:
     """
     for path in list(leftovers(root)):
         disk.remove(path)
-    partial = root / f"{step_name(step)}.partial"
+    partial = root / partial_name(step)
     with disk.disk_errors(partial):
         root.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
     return partial
+
+
+def join_partial(partial: Path) -> None:
+    """Make the directory that a checkpoint is written into, unless another rank has.
+
+    Parameters
+    ----------
+    partial : Path
+        Its name has a token that only the ranks of this launch know.
+
+    Raises
+    ------
+    DiskError
+        The file system refused.
+    """
+    with disk.disk_errors(partial):
+        partial.mkdir(parents=True, exist_ok=True)
 
 
 def write_file(partial: Path, writer: int, step: int, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -77,7 +95,9 @@ def write_file(partial: Path, writer: int, step: int, pieces: Sequence[Piece]) -
     return image.record(name, step, regions, [digest_of(region.buffer) for region in regions])
 
 
-def commit(partial: Path, header: dict[str, Any], records: Sequence[dict[str, Any]]) -> Path:
+def commit(
+    partial: Path, header: dict[str, Any], records: Sequence[dict[str, Any]], lock: dict[str, str] | None = None
+) -> Path:
     """Make the checkpoint valid. One rank calls it, after every rank's ``write_file`` has returned.
 
     Parameters
@@ -88,6 +108,8 @@ def commit(partial: Path, header: dict[str, Any], records: Sequence[dict[str, An
         JSON-able: ``step``, ``tokens``, ``model``, ``config``, ``grid``, ``data``, ``versions``.
     records : sequence of dict
         What each ``write_file`` returned.
+    lock : dict, optional
+        ``path`` of the run's lock and ``fence``, the token that it must have: who has lost the lock commits nothing.
 
     Returns
     -------
@@ -101,19 +123,22 @@ def commit(partial: Path, header: dict[str, Any], records: Sequence[dict[str, An
         with their full size. Nothing is committed.
     DiskError
         The file system refused. Nothing is committed, unless only the last sync failed.
+    InUseError
+        Another run has taken the lock over. Nothing is committed.
     """
     document = assemble(header, records)
     final = partial.with_name(step_name(document["step"]))
-    if partial.name != f"{final.name}.partial":
+    if not partial.name.startswith(f"{final.name}.") or partial.suffix != ".partial":
         raise DamagedError(f"{partial}: the header is of step {document['step']}; the checkpoint is not committed")
     _check_sizes(partial, document["files"])
     content = view.build(document)
     disk.write_new(partial / VIEW, [memoryview(content)])
     disk.write_new(partial / MANIFEST, [memoryview(render(enter_view(document, content)))])
     disk.sync_directory(partial)
+    if lock is not None:
+        _require_lock(lock)
     trash = disk.move_to_trash(final) if final.exists() else None
-    with disk.disk_errors(final):
-        partial.rename(final)
+    disk.rename(partial, final)
     disk.sync_directory(final.parent)
     if trash:
         disk.remove(trash)
@@ -129,6 +154,16 @@ def abandon(partial: Path) -> None:
         The file system refused.
     """
     disk.remove(partial)
+
+
+def _require_lock(lock: dict[str, str]) -> None:
+    """Refuse to commit what another run would take for its own."""
+    path = Path(lock["path"])
+    if fence_of(path) != lock["fence"]:
+        raise InUseError(
+            f"{path}: another run has taken this run directory over: nothing more is written to it; see that one job"
+            " runs in a directory, or choose another run.name"
+        )
 
 
 def _check_sizes(partial: Path, files: Sequence[dict[str, Any]]) -> None:

@@ -58,7 +58,7 @@ def _convert_union(value: object, kind: UnionType) -> Any:
 
 def _shape_of(member: Any) -> type:
     """Return the type that TOML has for a member of a union."""
-    return list if get_origin(member) is tuple else member  # type: ignore[no-any-return]
+    return list if get_origin(member) is tuple else member
 
 
 def _convert_list(value: object, kind: Any) -> tuple[Any, ...]:

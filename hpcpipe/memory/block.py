@@ -17,14 +17,20 @@ _HUGE_PAGE = 2 << 20
 _SETTING = Path("sys/kernel/mm/transparent_hugepage/enabled")
 
 
-class _Block(mmap.mmap):
+class Block(mmap.mmap):
     """A mapping that knows what it is for; it goes back to the kernel with the last array in it."""
 
     name: str
     num_bytes: int
 
 
-_blocks: WeakSet[_Block] = WeakSet()
+_blocks: WeakSet[Block] = WeakSet()
+
+
+def register(block: Block, name: str, num_bytes: int) -> None:
+    """Count a block's bytes under a name while it lives."""
+    block.name, block.num_bytes = name, num_bytes
+    _blocks.add(block)
 
 
 def aligned(num_bytes: int) -> int:
@@ -51,14 +57,13 @@ def new_block(num_bytes: int, name: str = "other") -> np.ndarray:
     length = num_bytes + is_large * _HUGE_PAGE
     # Python's default is a shared mapping, which huge pages have a setting of its own for.
     try:
-        block = _Block(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        block = Block(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise UsageError(
             f"memory for {name}: there is no block of {num_bytes / 2**20:,.0f} MiB ({error.strerror}): raise the"
             ' limit (ulimit -v), use more nodes, set train.recompute = "full", or lower parallel.microbatch_size'
         ) from error
-    block.name, block.num_bytes = name, num_bytes
-    _blocks.add(block)
+    register(block, name, num_bytes)
     if is_large and hasattr(mmap, "MADV_HUGEPAGE"):
         # A kernel may have none, as `huge_pages` says.
         with suppress(OSError):

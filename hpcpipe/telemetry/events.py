@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from hpcpipe.telemetry.files import append_line, now
+from hpcpipe.telemetry.files import append_line, now, read_lines
 
 
 class EventLog:
@@ -22,3 +22,7 @@ class EventLog:
         """Append an event with its facts."""
         if self._path is not None:
             append_line(self._path, {"time": now(), "event": event, **facts})
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return all events so far, of earlier starts too; none on ranks that do not write them."""
+        return read_lines(self._path) if self._path is not None else []

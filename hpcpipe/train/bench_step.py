@@ -157,7 +157,7 @@ class _Bench:
         trainer = Trainer(state, session.schedule, grid, waiter, batches, session.mode)
         own = _Own()
         for step in range(1, _WARMUP_STEPS + num_steps + 1):
-            result = trainer.run(step, stop=False)
+            result = trainer.run(step)
             if step > _WARMUP_STEPS:
                 own.step_s.append(result.step_s)
                 own.bubble.append(result.bubble)
@@ -166,7 +166,7 @@ class _Bench:
             barrier(grid.comm, waiter)
             with self._observer.watch():
                 clock.start()
-                result = trainer.run(step, stop=False)
+                result = trainer.run(step)
             own.observed.add(result.step_s, waiter.waited_s, clock.waited_s, clock.actions_s)
         own.observed.kernels = {
             name: (tally.calls, tally.seconds, *tally.work) for name, tally in self._observer.kernels.items()

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from hpcpipe.checkpoint.snapshot import snapshot_bytes
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import UsageError
 from hpcpipe.memory.arena import offsets_of
@@ -22,6 +23,7 @@ from hpcpipe.train.batches import batch_specs
 from hpcpipe.train.gradients import tied_spec, tied_uses
 from hpcpipe.train.norm import square_specs
 from hpcpipe.train.rows import row_specs
+from hpcpipe.train.save import SNAPSHOT, piece_sizes
 from hpcpipe.train.stage_tensors import ModelPlan, StageTensors, plan_model
 from hpcpipe.train.state import moment_shapes
 from hpcpipe.train.step import received_spec
@@ -148,7 +150,13 @@ class _Rank:
         moments = sum(offsets_of(moment_shapes(stage, replica))[1] for stage in self._stages.values())
         last_stage = self._schedule.num_stages - 1
         received = tied_spec(tied_uses(self._stages, last_stage, self._config.model.tied, replica))
-        return Counter({"moments": len(MOMENTS) * moments * _FLOAT_BYTES, "sums": _bytes({"received": received})})
+        return Counter(
+            {
+                "moments": len(MOMENTS) * moments * _FLOAT_BYTES,
+                "sums": _bytes({"received": received}),
+                SNAPSHOT: snapshot_bytes(piece_sizes(self._stages.values(), replica)),
+            }
+        )
 
     def total(self, activation_bytes: int) -> int:
         """Return all bytes of the replica that needs most."""

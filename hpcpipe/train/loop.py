@@ -1,12 +1,13 @@
 """The loop: steps, evaluations and checkpoints until the last step or a request to stop."""
 
 import math
-import time
+from typing import Any
 
 from hpcpipe.errors import ExitCode, NumericsError, StoppedError
 from hpcpipe.model.gpt2 import training_flops_per_sample
+from hpcpipe.train.checkpoints import Checkpoints
 from hpcpipe.train.evaluate import Evaluation, Evaluator
-from hpcpipe.train.save import save
+from hpcpipe.train.rows import Notes
 from hpcpipe.train.session import Session
 from hpcpipe.train.state import State
 from hpcpipe.train.step import StepResult, Trainer
@@ -28,8 +29,8 @@ class Loop:
         Runs an evaluation; None if nothing is held out.
     stop : StopRequest
         Looked at in every step.
-    data : dict
-        Identifies the token file and its tokenizer in checkpoints.
+    checkpoints : Checkpoints
+        Takes checkpoints of the state.
     peak_flops : float
         What MFU is measured against.
 
@@ -46,7 +47,7 @@ class Loop:
         trainer: Trainer,
         evaluator: Evaluator | None,
         stop: StopRequest,
-        data: dict[str, str],
+        checkpoints: Checkpoints,
         peak_flops: float,
     ) -> None:
         self._session = session
@@ -54,13 +55,13 @@ class Loop:
         self._trainer = trainer
         self._evaluator = evaluator
         self._stop = stop
-        self._data = data
+        self._checkpoints = checkpoints
         self._metrics = session.metrics
         samples = session.config.parallel.microbatches * session.config.parallel.microbatch_size
         self._peak_flops_per_step = training_flops_per_sample(state.model) * samples / peak_flops
         self.steps_s: list[float] = []
-        self._saved_step = state.step
         self._evaluation: Evaluation | None = None
+        self._evaluated_step = 0
 
     def run(self) -> Evaluation | None:
         """Run all steps that are left.
@@ -79,19 +80,31 @@ class Loop:
         self._session.console.start(config.train.steps, state.step)
         try:
             for step in range(state.step + 1, config.train.steps + 1):
-                result = self._trainer.run(step, self._stop.is_set)
+                result = self._trainer.run(step, self._notes)
                 self._record(step, result)
+                self._checkpoints.after_step(result.step_s, result.heard.answers)
                 is_last = step == config.train.steps
-                if result.stop and not is_last:
+                if result.heard.stop and not is_last:
                     self._end_early()
                 # A held-out loss that is not finite keeps broken weights out of the checkpoint.
                 if is_last or _is_due(step, config.train.eval_every):
                     self._evaluate()
-                if is_last or _is_due(step, config.checkpoint.every):
-                    self._save()
+                if is_last:
+                    self._checkpoints.finish(self._facts(), save=True, read_back=True)
+                elif self._checkpoints.is_due(step, result.heard.due):
+                    self._checkpoints.take(self._facts())
         finally:
             self._session.console.stop()
         return self._evaluation
+
+    def _notes(self) -> Notes:
+        """Return what this rank has to tell the others in a step."""
+        return Notes(self._stop.is_set, self._checkpoints.is_due_by_time, self._checkpoints.answer)
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what the loop knows of the last finished step, for its checkpoint."""
+        is_evaluated = self._evaluation is not None and self._evaluated_step == self._state.step
+        return {"val_loss": self._evaluation.val_loss if self._evaluation and is_evaluated else None}
 
     def _record(self, step: int, result: StepResult) -> None:
         self.steps_s.append(result.step_s)
@@ -115,6 +128,7 @@ class Loop:
         if self._evaluator is None:
             return
         evaluation = self._evaluation = self._evaluator.run()
+        self._evaluated_step = self._state.step
         if not math.isfinite(evaluation.val_loss):
             error = NumericsError(
                 f"step {self._state.step}: held-out loss {evaluation.val_loss}: the last update broke the weights;"
@@ -131,21 +145,12 @@ class Loop:
             f" {evaluation.bits_per_byte:.4f} bits per byte"
         )
 
-    def _save(self) -> None:
-        session = self._session
-        start = time.perf_counter()
-        path = save(self._state, session.grid, session.waiter, session.directory.checkpoints, self._data)
-        self._saved_step = self._state.step
-        session.events.add("checkpoint", step=self._state.step, path=str(path), seconds=time.perf_counter() - start)
-        session.status(self._state.step, None)
-
     def _end_early(self) -> None:
         session, step = self._session, self._state.step
-        if session.config.checkpoint.on_signal and self._saved_step != step:
-            self._save()
+        self._checkpoints.finish(self._facts(), save=session.config.checkpoint.on_signal, read_back=False)
         cause = f"asked to stop ({self._stop.name or 'a signal on another rank'}) after step {step}"
         session.events.add("stopped", step=step, exit_code=int(ExitCode.STOPPED), cause=cause)
-        error = StoppedError(f"{cause}; the last checkpoint is of step {self._saved_step}: run the same command again")
+        error = StoppedError(f"{cause}; the last checkpoint is of step {self._checkpoints.step}: run the same command again")
         error.on_all_ranks = True
         raise error
 

@@ -1,6 +1,7 @@
 """The row that every rank sends once per step, so that all know what the step came to."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from hpcpipe.memory.layout import new_arrays
 from hpcpipe.model.layer import Layer
@@ -9,7 +10,35 @@ from hpcpipe.mpi.collectives import gather_rows
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.mpi.wait import Waiter
 
-_STOP, _BUBBLE, _FIRST_LOSS = 0, 1, 2
+_STOP, _DUE, _ANSWER, _BUBBLE, _FIRST_LOSS = 0, 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a rank tells the others beside the figures of a step.
+
+    Attributes
+    ----------
+    stop : bool
+        It was asked to stop.
+    due : bool
+        It is time for a checkpoint.
+    answer : int
+        What became of its part of the checkpoint under way; 0: nothing yet.
+    """
+
+    stop: bool = False
+    due: bool = False
+    answer: int = 0
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What every rank then knows: whether any was asked to stop or says that a checkpoint is due; all answers."""
+
+    stop: bool
+    due: bool
+    answers: tuple[int, ...]
 
 
 def row_specs(model: Sequence[Layer], num_microbatches: int, num_ranks: int) -> dict[str, BufferSpec]:
@@ -20,7 +49,7 @@ def row_specs(model: Sequence[Layer], num_microbatches: int, num_ranks: int) -> 
 
 
 class StepRows:
-    """Stop flag, part of the time that was waited, losses and sums of squares of every rank.
+    """Notes, part of the time that was waited, losses and sums of squares of every rank.
 
     Every rank's row has the same parts at the same places, zero where another rank has the figure.
 
@@ -44,13 +73,13 @@ class StepRows:
         arrays = new_arrays(row_specs(model, num_microbatches, grid.comm.size), "sums")
         self._row, self._rows, self._squares = arrays["row"], arrays["rows"], arrays["squares"]
 
-    def share(self, stop: bool, bubble: float, losses: Sequence[float], squares: Mapping[str, float]) -> None:
+    def share(self, notes: Notes, bubble: float, losses: Sequence[float], squares: Mapping[str, float]) -> None:
         """Give every rank the figures of all ranks; all call it.
 
         Parameters
         ----------
-        stop : bool
-            Whether this rank was asked to stop.
+        notes : Notes
+            Of this rank.
         bubble : float
             Part of the schedule's time that it waited.
         losses : sequence of float
@@ -64,16 +93,17 @@ class StepRows:
             If a rank does not answer in time.
         """
         row = self._row
-        row[_STOP], row[_BUBBLE] = stop, bubble
+        row[_STOP], row[_DUE], row[_ANSWER], row[_BUBBLE] = notes.stop, notes.due, notes.answer, bubble
         for index, loss in enumerate(losses, _FIRST_LOSS):
             row[index] = loss
         for name, value in squares.items():
             row[_FIRST_LOSS + self._num_microbatches + self._order[name]] = value
         gather_rows(self._grid.comm, self._waiter, row, out=self._rows)
 
-    def stop(self) -> bool:
-        """Return whether any rank was asked to stop."""
-        return any(self._column(_STOP))
+    def heard(self) -> Heard:
+        """Return the notes of all ranks."""
+        answers = tuple(int(answer) for answer in self._column(_ANSWER))
+        return Heard(any(self._column(_STOP)), any(self._column(_DUE)), answers)
 
     def bubble(self) -> float:
         """Return the part of the schedule's time that ranks waited, the mean over ranks."""

@@ -1,14 +1,17 @@
 """A training run from start to end, on every rank."""
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import hpcpipe
 from hpcpipe.checkpoint.layout import candidates
+from hpcpipe.cluster.holder import fence_of
 from hpcpipe.config.check import check_data
 from hpcpipe.config.dump import to_toml
+from hpcpipe.config.interval import parse_interval
 from hpcpipe.config.load import run_directory
 from hpcpipe.config.schema import Config
 from hpcpipe.data.prepare import default_path, ensure_prepared
@@ -28,6 +31,8 @@ from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.files import write_whole
 from hpcpipe.train.batches import TrainingBatches
+from hpcpipe.train.cadence import Cadence, estimate_mtbf_s
+from hpcpipe.train.checkpoints import Checkpoints, WriterMemory
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.evaluate import Evaluator
 from hpcpipe.train.finish import show_compression, show_sample
@@ -65,15 +70,20 @@ def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
     ExitCode
         Also written to ``status.json``.
     """
+    # A process that is started before MPI cannot disturb it.
+    writer = WriterMemory()
     world = runtime.start()
     code = ExitCode.DONE
     with leaving_together(world, run_directory(config_path, overrides)) as outcome:
-        code = _train(world, config_path, overrides, resume)
+        code = _train(world, config_path, overrides, resume, writer)
+    writer.close()
     runtime.stop(world)
     return outcome.code or code
 
 
-def _train(world: World, config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
+def _train(
+    world: World, config_path: Path, overrides: Sequence[str], resume: str, writer: WriterMemory
+) -> ExitCode:
     stop = StopRequest()
     setup = agree_on_setup(world, config_path, overrides)
     config, waiter, binding = setup.config, setup.waiter, setup.binding
@@ -99,7 +109,7 @@ def _train(world: World, config_path: Path, overrides: Sequence[str], resume: st
                 f" what: set HPCPIPE_KERNELS={setup.families[-1]} for the same bits everywhere"
             )
         compile_kernels(session, world)
-        code = _run(session, stop, resume)
+        code = _run(session, stop, resume, writer)
         grid.free()
         return code
     finally:
@@ -124,7 +134,7 @@ def _open(directory: RunDirectory, lock: RunLock, config: Config) -> None:
         write_whole(directory.config, to_toml(config))
 
 
-def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
+def _run(session: Session, stop: StopRequest, resume: str, writer: WriterMemory) -> ExitCode:
     """Build what is trained, go on from the last checkpoint, and train to the end."""
     grid, waiter, console = session.grid, session.waiter, session.console
     tokens = _open_tokens(session)
@@ -162,9 +172,10 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     evaluator = None
     if held_out.num_samples:
         evaluator = Evaluator(state, grid, waiter, held_out, session.mode, trainer.memory)
+    checkpoints = _make_checkpoints(session, state, writer, tokens)
     console.say(f"memory: {describe_allocated(grid, waiter, needed)}; {huge_pages()}")
     peak_flops = measure_peak_flops(grid, waiter, config.train.precision, session.team, session.share_of_core)
-    loop = Loop(session, state, trainer, evaluator, stop, identity_of(tokens), peak_flops)
+    loop = Loop(session, state, trainer, evaluator, stop, checkpoints, peak_flops)
     waiter.timeout_s = config.parallel.timeout_s
     evaluation = loop.run()
     waiter.timeout_s = SETUP_TIMEOUT_S
@@ -176,6 +187,16 @@ def _run(session: Session, stop: StopRequest, resume: str) -> ExitCode:
     session.events.add("done", step=state.step)
     session.status(state.step, ExitCode.DONE)
     return ExitCode.DONE
+
+
+def _make_checkpoints(session: Session, state: State, writer: WriterMemory, tokens: TokenFile) -> Checkpoints:
+    """Make what takes checkpoints, as often as the configuration says."""
+    interval = parse_interval("checkpoint.every", session.config.checkpoint.every)
+    num_nodes = -(-session.grid.comm.size // session.num_local_ranks)
+    mtbf_s = estimate_mtbf_s(num_nodes, session.events.read())
+    cadence = Cadence(interval, mtbf_s, time.monotonic())
+    lock = {"path": str(session.directory.lock), "fence": fence_of(session.directory.lock) if session.is_root else ""}
+    return Checkpoints(session, state, writer, identity_of(tokens), lock, cadence)
 
 
 def _describe_cores(session: Session) -> str:

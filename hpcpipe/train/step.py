@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,7 +27,7 @@ from hpcpipe.schedule.action import Schedule
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.gradients import Gradients, TiedGradients
 from hpcpipe.train.norm import SquareSums
-from hpcpipe.train.rows import StepRows
+from hpcpipe.train.rows import Heard, Notes, StepRows
 from hpcpipe.train.stage_tensors import StageTensors
 from hpcpipe.train.state import State
 
@@ -48,8 +48,8 @@ class StepResult:
         Seconds on this rank.
     bubble : float
         Fraction of the schedule's time that ranks waited for messages, the mean over ranks.
-    stop : bool
-        Whether a rank was asked to stop.
+    heard : Heard
+        What the ranks had to tell each other.
     """
 
     loss: float
@@ -57,7 +57,7 @@ class StepResult:
     learning_rate: float
     step_s: float
     bubble: float
-    stop: bool
+    heard: Heard
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class _Agreed:
     learning_rate: float
     scale: float
     bubble: float
-    stop: bool
+    heard: Heard
 
 
 class _Update:
@@ -144,7 +144,8 @@ class Trainer:
             index: frozenset(name for update in updates for name in update.packed)
             for index, updates in self._updates.items()
         }
-        self._step, self._stop = 0, False
+        self._step = 0
+        self._notes: Callable[[], Notes] = Notes
         self._agreed: _Agreed | None = None
         work = Work(
             load=batches.__getitem__,
@@ -172,15 +173,15 @@ class Trainer:
         """What its stages compute on; between steps it can be used for other things."""
         return self._executor.memory
 
-    def run(self, step: int, stop: bool) -> StepResult:
+    def run(self, step: int, notes: Callable[[], Notes] = Notes) -> StepResult:
         """Run one step.
 
         Parameters
         ----------
         step : int
             Counted from 1.
-        stop : bool
-            Whether this rank was asked to stop; the result tells every rank.
+        notes : callable
+            Gives what this rank has to tell the others, when they are about to update; the result tells every rank.
 
         Raises
         ------
@@ -190,7 +191,7 @@ class Trainer:
         start = time.perf_counter()
         self._waiter.waited_s = 0.0
         self._batches.load(step)
-        self._step, self._stop, self._agreed = step, stop, None
+        self._step, self._notes, self._agreed = step, notes, None
         self._executor.run()
         self._exchange.finish()
         for index, stage in self._state.stages.items():
@@ -204,7 +205,7 @@ class Trainer:
             agreed.learning_rate,
             time.perf_counter() - start,
             agreed.bubble,
-            agreed.stop,
+            agreed.heard,
         )
 
     def _reduce(self, stage: int) -> None:
@@ -243,7 +244,7 @@ class Trainer:
         self._tied.add_uses(self._gradients.totals)
         has_head = state.last_stage in state.stages
         losses = [self._batches[index].loss for index in range(self._num_microbatches)] if has_head else ()
-        self._rows.share(self._stop, bubble, losses, self._squares.add(self._gradients.totals))
+        self._rows.share(self._notes(), bubble, losses, self._squares.add(self._gradients.totals))
         loss = self._rows.loss(state.placement[-1]) / state.tokens_per_step
         norm = global_norm(self._rows.squares(), state.tokens_per_step)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -255,7 +256,7 @@ class Trainer:
             raise error
         rate = learning_rate(train, self._step)
         scale = clip_factor(norm, train.clip) / state.tokens_per_step
-        return _Agreed(loss, norm, rate, scale, self._rows.bubble(), self._rows.stop())
+        return _Agreed(loss, norm, rate, scale, self._rows.bubble(), self._rows.heard())
 
 
 def received_spec(stages: Mapping[int, StageTensors], num_replicas: int) -> BufferSpec:

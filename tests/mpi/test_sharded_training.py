@@ -2,25 +2,24 @@
 
 import functools
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 from support import small_training
+from support.checkpointing import save, shared_folder
 from support.small_training import all_weights
 
+from hpcpipe.checkpoint.layout import candidates
 from hpcpipe.checkpoint.manifest import load_manifest
 from hpcpipe.checkpoint.verify import verify
 from hpcpipe.errors import NumericsError
 from hpcpipe.kernels.reduce import BLOCK
 from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.channel import MessageMode
-from hpcpipe.mpi.collectives import broadcast_bytes
 from hpcpipe.mpi.grid import make_grid
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.train.load import load_state
-from hpcpipe.train.save import save
 from hpcpipe.train.state import build_state
 
 pytestmark = pytest.mark.mpi(min_size=2)
@@ -125,9 +124,7 @@ def test_a_checkpoint_is_shared_out_and_loads_on_any_grid(comm, tied, tmp_path_f
     data = 3 if comm.size == 3 else 2
     _, state = train(comm, comm.size // data, data, tied=tied, microbatches=6 if data == 3 else 8)
     grid = make_grid(comm, comm.size // data, data)
-    own = str(tmp_path_factory.mktemp("run")).encode()
-    root = Path(broadcast_bytes(comm, waiter, own if comm.rank == 0 else None, 0).decode())
-    path = save(state, grid, waiter, root, {"digest": "", "tokenizer": "bytes"})
+    path = save(state, grid, shared_folder(comm, tmp_path_factory.mktemp("run")))
     manifest = load_manifest(path)
     with together(comm, waiter):
         assert verify(path) == []
@@ -161,7 +158,8 @@ def test_a_moment_that_is_not_finite_on_one_replica_is_refused_by_all(comm, tmp_
     grid = make_grid(comm, 1, comm.size)
     if comm.rank == comm.size - 1:
         next(iter(state.stages[0].moments["moment2"].arrays.values()))[0] = np.inf
-    with pytest.raises(NumericsError, match="moments of stage 0 are not finite: no checkpoint is written"):
-        save(state, grid, Waiter(60.0), tmp_path, {})
-    assert not list(tmp_path.iterdir())
+    folder = shared_folder(comm, tmp_path)
+    with pytest.raises(NumericsError, match="step 2: moment2 of .* has a value that is not finite: no checkpoint"):
+        save(state, grid, folder)
+    assert candidates(folder / "checkpoints") == []
     grid.free()

@@ -18,6 +18,7 @@ from hpcpipe.mpi.wait import Waiter
 from hpcpipe.schedule.build import GENERATORS, generate
 from hpcpipe.schedule.csv_file import write_csv
 from hpcpipe.train.batches import TrainingBatches
+from hpcpipe.train.rows import Notes
 from hpcpipe.train.session import build_schedule
 from hpcpipe.train.state import build_state
 from hpcpipe.train.step import Trainer
@@ -129,6 +130,6 @@ def test_a_stop_on_one_rank_is_known_to_all(comm):
     state.fill_initial()
     batches = TrainingBatches(CountedSamples(), 1, range(1), 1, config.model.context)
     trainer = Trainer(state, schedule, grid, Waiter(60.0), batches, MessageMode())
-    assert not trainer.run(1, stop=False).stop
-    assert trainer.run(2, stop=comm.rank == comm.size - 1).stop
+    assert not trainer.run(1).heard.stop
+    assert trainer.run(2, lambda: Notes(stop=comm.rank == comm.size - 1)).heard.stop
     grid.free()

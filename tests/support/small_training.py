@@ -70,7 +70,7 @@ class Training:
         """Train some more steps."""
         first = self._step + 1
         self._step += steps
-        return [self.trainer.run(step, stop=False) for step in range(first, self._step + 1)]
+        return [self.trainer.run(step) for step in range(first, self._step + 1)]
 
     def close(self) -> None:
         """Free the communicators; every rank calls it."""

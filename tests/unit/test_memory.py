@@ -80,11 +80,11 @@ def test_blocks_are_zeroed_aligned_and_counted():
 
 @pytest.mark.parametrize("has_advice", [True, False])
 def test_a_kernel_without_huge_pages_gives_memory_too(monkeypatch, has_advice):
-    class Refusing(block._Block):
+    class Refusing(block.Block):
         def madvise(self, *_):
             raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(block, "_Block", Refusing)
+    monkeypatch.setattr(block, "Block", Refusing)
     if not has_advice:
         monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     large = new_block(3 << 20, "test")

@@ -1,0 +1,152 @@
+"""The process beside a rank that writes its checkpoints: ``python -m hpcpipe.checkpoint.writer PARENT HANDLE``.
+
+It reads orders from standard input, one JSON object per line, and answers each on standard output with one: ``do`` as
+in the order and what came of it, or ``failed``, an exit code and a sentence. It knows nothing of MPI.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpcpipe.checkpoint import disk
+from hpcpipe.checkpoint.digests import digest_of
+from hpcpipe.checkpoint.image import Image
+from hpcpipe.checkpoint.layout import PieceSpec, file_name, leftovers
+from hpcpipe.checkpoint.manifest import load_manifest
+from hpcpipe.checkpoint.retain import retain
+from hpcpipe.checkpoint.snapshot import Snapshot
+from hpcpipe.checkpoint.verify import verify_file
+from hpcpipe.checkpoint.write import abandon, commit, join_partial
+from hpcpipe.cluster.environment import parent_signal
+from hpcpipe.errors import DamagedError, ExitCode, HpcpipeError, NumericsError
+from hpcpipe.memory.shared import map_shared
+
+Order = dict[str, Any]
+
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_LOWEST_PRIORITY = 19
+
+
+class Writer:
+    """Carries out the orders of one rank.
+
+    Parameters
+    ----------
+    handle : int
+        Descriptor of the memory that snapshots are in.
+    """
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._hashing = ThreadPoolExecutor(1)
+
+    def answer(self, order: Order) -> Order:
+        """Carry out one order; never raises."""
+        do = str(order["do"])
+        try:
+            return {"do": do, **getattr(self, f"_{do}")(order)}
+        except HpcpipeError as error:
+            return {"do": do, "failed": int(error.exit_code), "problem": str(error)}
+        except Exception as error:
+            return {"do": do, "failed": int(ExitCode.DISK), "problem": f"{do}: {type(error).__name__}: {error}"}
+
+    def _prepare(self, order: Order) -> Order:
+        """Learn what the snapshot holds: ``pieces``, ``rank``."""
+        specs = [PieceSpec.from_json(item) for item in order["pieces"]]
+        self._name = file_name(order["rank"])
+        self._image = Image(specs)
+        sizes = [spec.num_bytes for spec in specs]
+        self._buffers = Snapshot(map_shared(self._handle, order["bytes"]), sizes).buffers()
+        return {}
+
+    def _clean(self, order: Order) -> Order:
+        """Remove what earlier launches' interrupted writings and removals have left below ``root``."""
+        for path in list(leftovers(Path(order["root"]))):
+            # Other ranks of this launch, which ``token`` names, may be writing already.
+            if f".{order['token']}" not in path.name:
+                disk.remove(path)
+        return {}
+
+    def _write(self, order: Order) -> Order:
+        """Write the snapshot as this rank's file of ``step`` into ``partial``; answer with its record."""
+        step, partial = order["step"], Path(order["partial"])
+        _require_finite(step, self._image.specs, self._buffers)
+        regions = self._image.regions(step, self._buffers)
+        buffers = [region.buffer for region in regions]
+        digests = self._hashing.submit(lambda: list(map(digest_of, buffers)))
+        join_partial(partial)
+        disk.write_new(partial / self._name, buffers)
+        return {"record": self._image.record(self._name, step, regions, digests.result())}
+
+    def _commit(self, order: Order) -> Order:
+        """Make the checkpoint in ``partial`` valid, of all ranks' ``records``, if the run still has its lock."""
+        path = commit(Path(order["partial"]), order["header"], order["records"], order.get("lock"))
+        return {"path": str(path)}
+
+    def _abandon(self, order: Order) -> Order:
+        """Remove the checkpoint in ``partial``, which is not to be committed."""
+        abandon(Path(order["partial"]))
+        return {}
+
+    def _withdraw(self, order: Order) -> Order:
+        """Remove a committed checkpoint at ``path`` that cannot be read back."""
+        disk.remove(disk.move_to_trash(Path(order["path"])))
+        return {}
+
+    def _verify(self, order: Order) -> Order:
+        """Read this rank's file of the checkpoint at ``path`` back from the disk, past the page cache."""
+        path = Path(order["path"])
+        disk.drop_from_cache(path / self._name)
+        problems = verify_file(path, load_manifest(path), self._name)
+        if problems:
+            raise DamagedError("; ".join(problems))
+        return {}
+
+    def _retain(self, order: Order) -> Order:
+        """Remove what is not to be kept below ``root``."""
+        keep = {key: order[key] for key in ("keep", "keep_every", "keep_best")}
+        removed = retain(Path(order["root"]), Path(order["newest"]), **keep)
+        return {"removed": [path.name for path in removed]}
+
+
+def _require_finite(step: int, specs: Sequence[PieceSpec], buffers: Sequence[memoryview]) -> None:
+    """Refuse to keep a state that an update has broken: the next start would only fail again."""
+    for spec, buffer in zip(specs, buffers, strict=True):
+        values = np.frombuffer(buffer, spec.dtype)
+        # The largest and smallest are not finite if any is not, and need no memory.
+        if values.size and not (np.isfinite(values.max()) and np.isfinite(values.min())):
+            raise NumericsError(
+                f"step {step}: {spec.label} has a value that is not finite: no checkpoint is written; lower"
+                " train.learning_rate and go on from the last one"
+            )
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Carry out orders until there are no more, or the rank ends."""
+    parent, handle = map(int, arguments)
+    for number in _IGNORED:
+        # mpirun may send to all processes of a rank what only the rank is to act on.
+        signal.signal(number, signal.SIG_IGN)
+    parent_signal(signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    os.nice(_LOWEST_PRIORITY)
+    writer = Writer(handle)
+    for line in sys.stdin.buffer:
+        answer = writer.answer(json.loads(line))
+        try:
+            sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+            sys.stdout.buffer.flush()
+        except OSError:
+            return
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
