@@ -9,7 +9,8 @@ from typing import Any
 from hpcpipe.checkpoint.digests import digest_key, digest_of
 from hpcpipe.checkpoint.files import open_regular, read_range
 from hpcpipe.checkpoint.layout import FORMAT, MANIFEST, VERSION, VIEW, step_of
-from hpcpipe.checkpoint.table import Manifest, parse
+from hpcpipe.checkpoint.parse import parse
+from hpcpipe.checkpoint.table import Manifest
 from hpcpipe.errors import DamagedError
 
 _BYTES_AT_MOST = 256 << 20

@@ -1,29 +1,36 @@
-"""``hpcpipe checkpoint``: what a checkpoint holds, and whether it is sound."""
+"""``hpcpipe checkpoint``: what a checkpoint holds, whether it is sound, and how two differ."""
 
 import argparse
 import json
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
+from hpcpipe.cli.checkpoint_text import describe, describe_difference
 from hpcpipe.cli.parser import path
 from hpcpipe.errors import ExitCode
 
+if TYPE_CHECKING:
+    from hpcpipe.checkpoint.difference import TensorDifference
+    from hpcpipe.checkpoint.table import TensorEntry
+
+DIFFERENT = 1
 _PATH_HELP = "directory of one checkpoint, a checkpoints directory, or a run directory"
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
-    """Add the verb and its two actions to the parser of ``hpcpipe``.
+    """Add the verb and its actions to the parser of ``hpcpipe``.
 
     Parameters
     ----------
     subparsers
         What ``ArgumentParser.add_subparsers`` returned.
     """
-    verb = subparsers.add_parser("checkpoint", help="show or verify checkpoints", description=__doc__)
+    verb = subparsers.add_parser("checkpoint", help="show, verify or compare checkpoints", description=__doc__)
     actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     shown = actions.add_parser(
         "show",
-        help="step, model, grid, files and tensors",
+        help="step, model, grid, files, hashes and tensors",
         description="Show what a checkpoint says about itself, the newest one for a run directory; reads only its "
         "manifest. Exit code 65 when that is missing or damaged.",
     )
@@ -41,6 +48,19 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     verified.add_argument("path", metavar="PATH", type=path, help=_PATH_HELP)
     verified.add_argument("--json", action="store_true", help="print one JSON object, keys ok and problems")
     verified.set_defaults(run=run_verify)
+
+    compared = actions.add_parser(
+        "diff",
+        help="what differs between two checkpoints, and by how much",
+        description="Compare two checkpoints element by element, the newest one for a run directory, whatever grids "
+        "wrote them. Exit code 0 when the step and every bit of every tensor are the same, 1 when not, 65 when one is "
+        "damaged; other differences of the headers are only listed.",
+    )
+    compared.add_argument("a", metavar="A", type=path, help=_PATH_HELP)
+    compared.add_argument("b", metavar="B", type=path, help="the same")
+    compared.add_argument("--tensors", action="store_true", help="list every tensor that differs")
+    compared.add_argument("--json", action="store_true", help="print one JSON object")
+    compared.set_defaults(run=run_diff)
 
 
 def run_show(args: argparse.Namespace) -> int:
@@ -63,27 +83,29 @@ def run_show(args: argparse.Namespace) -> int:
     DamagedError
         There is no checkpoint, or its manifest is damaged.
     """
+    from hpcpipe.checkpoint.digests import digest_key
     from hpcpipe.checkpoint.layout import locate
     from hpcpipe.checkpoint.manifest import load_manifest
     from hpcpipe.checkpoint.verify import unknown_files
 
     path = locate(args.path)[0]
     manifest = load_manifest(path)
+    files = [*manifest.files.values(), *([manifest.view] if manifest.view else [])]
     shown: dict[str, Any] = {
-        "path": str(path),
         **manifest.header,
-        "files": [{"name": file.name, "bytes": file.size_bytes} for file in manifest.files.values()],
-        "bytes": manifest.size_bytes,
+        "path": str(path),
+        "version": manifest.version,
+        "hash": digest_key(manifest.version),
+        "digest": manifest.digest,
+        "files": [{"name": file.name, "bytes": file.size_bytes, "digest": file.digest} for file in files],
+        "bytes": sum(file.size_bytes for file in files),
         "num_tensors": len(manifest.tensors),
         "num_parameters": manifest.num_parameters,
         "unknown_files": unknown_files(path, manifest),
     }
     if args.tensors:
-        shown["tensors"] = [
-            {"name": name, "shape": list(tensor.shape), "dtype": tensor.dtype, "kinds": list(tensor.kinds)}
-            for name, tensor in manifest.tensors.items()
-        ]
-    print(json.dumps(shown, indent=2) if args.json else _describe(shown))
+        shown["tensors"] = [_tensor(name, tensor) for name, tensor in manifest.tensors.items()]
+    print(json.dumps(shown, indent=2) if args.json else describe(shown))
     return ExitCode.DONE
 
 
@@ -128,23 +150,80 @@ def run_verify(args: argparse.Namespace) -> int:
     return ExitCode.DAMAGED if problems else ExitCode.DONE
 
 
-def _describe(shown: dict[str, Any]) -> str:
-    """Lay out what ``show`` found for people."""
-    said = [key for key in ("step", "tokens", "model", "grid", "data", "versions") if key in shown]
-    lines = [str(shown["path"]), *(f"  {key:<11}{_inline(shown[key])}" for key in said)]
-    lines.append(f"  {'size':<11}{shown['bytes']:,} bytes in {len(shown['files'])} files")
-    lines += [f"  {'':<11}{file['name']}  {file['bytes']:,} bytes" for file in shown["files"]]
-    lines.append(f"  {'tensors':<11}{shown['num_tensors']:,} with {shown['num_parameters']:,} parameters")
-    for tensor in shown.get("tensors", []):
-        shape = " x ".join(map(str, tensor["shape"])) or "scalar"
-        lines.append(f"  {'':<11}{tensor['name']}  {shape}  {tensor['dtype']}  {', '.join(tensor['kinds'])}")
-    if shown["unknown_files"]:
-        lines.append(f"  {'not of it':<11}{', '.join(shown['unknown_files'])}")
-    return "\n".join(lines)
+def run_diff(args: argparse.Namespace) -> int:
+    """Carry out ``hpcpipe checkpoint diff``.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        ``a``, ``b``, ``tensors``, ``json``.
+
+    Returns
+    -------
+    int
+        Exit code 0, or 1 when the checkpoints differ.
+
+    Raises
+    ------
+    UsageError
+        A path is not a directory.
+    DamagedError
+        There is no checkpoint, or it is damaged.
+    """
+    from hpcpipe.checkpoint.difference import compare_checkpoints
+    from hpcpipe.checkpoint.layout import locate
+
+    a, b = (locate(path)[0] for path in (args.a, args.b))
+    found = compare_checkpoints(a, b)
+    differing = [_difference(tensor) for tensor in found.tensors if not tensor.is_identical]
+    if args.json:
+        report = {
+            "identical": found.is_identical,
+            "a": str(a),
+            "b": str(b),
+            "header": [{"key": key, "a": _value(in_a), "b": _value(in_b)} for key, in_a, in_b in found.header],
+            "only_a": [{"name": name, "kind": kind} for name, kind in found.only_a],
+            "only_b": [{"name": name, "kind": kind} for name, kind in found.only_b],
+            "num_compared": len(found.tensors),
+            "differing": differing,
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        print("\n".join(describe_difference(found, (a, b), args.tensors)))
+    return int(ExitCode.DONE) if found.is_identical else DIFFERENT
 
 
-def _inline(value: Any) -> str:
-    """Write a value of the header on one line."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_inline(item)}" for key, item in value.items())
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def _value(text: str | None) -> Any:
+    return None if text is None else json.loads(text)
+
+
+def _difference(tensor: "TensorDifference") -> dict[str, Any]:
+    """Make one tensor's difference JSON-able; a difference that is no finite number is null."""
+    largest = (tensor.largest_absolute, tensor.largest_relative)
+    absolute, relative = (value if math.isfinite(value) else None for value in largest)
+    return {
+        "name": tensor.name,
+        "kind": tensor.kind,
+        "type_a": tensor.type_a,
+        "type_b": tensor.type_b,
+        "num_elements": tensor.num_elements,
+        "num_differing": tensor.num_differing,
+        "largest_absolute": absolute,
+        "largest_relative": relative,
+    }
+
+
+def _tensor(name: str, tensor: "TensorEntry") -> dict[str, Any]:
+    """Make one tensor's entry JSON-able."""
+    pieces = {
+        kind: [{"file": piece.file, "start": piece.start, "stop": piece.stop, "digest": piece.digest} for piece in held]
+        for kind, held in tensor.kinds.items()
+    }
+    return {
+        "name": name,
+        "shape": list(tensor.shape),
+        "dtype": tensor.dtype,
+        "bytes": tensor.size * tensor.item_bytes * len(pieces),
+        "kinds": list(pieces),
+        "pieces": pieces,
+    }

@@ -6,7 +6,9 @@ import subprocess
 import sys
 
 import pytest
-from support.checkpoints import make_checkpoint
+from blake3 import blake3
+from support.checkpoints import make_checkpoint, make_header, make_pieces, make_tensors
+from support.version1 import write_version1
 
 from hpcpipe.cli import checkpoint
 from hpcpipe.errors import DamagedError, ExitCode, UsageError
@@ -51,7 +53,7 @@ def test_show_takes_the_newest_of_a_run(call, run_dir):
     assert "7 with 257 parameters" in text
     assert "qkv" not in text
     assert (
-        "layers/003/attention/qkv/weight  7 x 23  float32  moment1, moment2, weight"
+        "layers/003/attention/qkv/weight  7 x 23  float32  moment1, moment2, weight  1,932 bytes\n"
         in call("show", "--tensors", run_dir / "checkpoints" / "step-00000100")[1]
     )
 
@@ -61,11 +63,33 @@ def test_show_prints_one_json_object(call, run_dir):
     assert (shown["step"], shown["tokens"], shown["num_tensors"], shown["num_parameters"]) == (200, 819200, 7, 257)
     assert shown["model"]["width"] == 128
     files = {file["name"]: file["bytes"] for file in shown["files"]}
-    assert files == {path.name: path.stat().st_size for path in (run_dir / "checkpoints/step-00000200").glob("rank-*.h5")}
+    assert files == {path.name: path.stat().st_size for path in (run_dir / "checkpoints/step-00000200").glob("*.h5")}
     assert shown["bytes"] == sum(files.values())
-    assert {"name": "head/scale", "shape": [], "dtype": "float64", "kinds": ["moment1", "moment2", "weight"]} in shown[
-        "tensors"
-    ]
+    (scale,) = (tensor for tensor in shown["tensors"] if tensor["name"] == "head/scale")
+    assert (scale["shape"], scale["dtype"], scale["bytes"]) == ([], "float64", 24)
+    assert scale["kinds"] == ["moment1", "moment2", "weight"]
+    assert (
+        scale["pieces"]["weight"][0]["digest"] == blake3(make_tensors()["head/scale", "weight"].tobytes()).hexdigest()
+    )
+
+
+def test_show_says_the_hashes(call, run_dir):
+    path = run_dir / "checkpoints" / "step-00000200"
+    document = json.loads((path / "manifest.json").read_text())
+    text = call("show", path)[1]
+    assert f"format     version 2, blake3 {document['blake3']}\n" in text
+    for file in document["files"]:
+        assert f"{file['name']}  {file['bytes']:,} bytes  {file['blake3']}\n" in text
+    view = path / "view.h5"
+    assert f"view.h5  {view.stat().st_size:,} bytes  {blake3(view.read_bytes()).hexdigest()}\n" in text
+
+
+def test_show_and_verify_read_version_1(call, tmp_path):
+    write_version1(tmp_path / "checkpoints", make_header(7), make_pieces(2))
+    text = call("show", tmp_path)[1]
+    assert "format     version 1, blake2b " in text
+    assert "view.h5" not in text
+    assert call("verify", tmp_path) == (0, f"{tmp_path / 'checkpoints' / 'step-00000007'}: ok\n")
 
 
 def test_verify_says_which_are_good(call, run_dir):
