@@ -80,9 +80,16 @@ class DiskError(HpcpipeError):
 
 
 class StoppedError(HpcpipeError):
-    """A run that was asked to stop, and wrote what it needs to go on."""
+    """A run that was asked to stop, and wrote what it needs to go on.
+
+    Attributes
+    ----------
+    by : str
+        ``signal``, ``halt`` (a file in the run directory) or ``allocation`` (its end); empty if that is not known.
+    """
 
     exit_code = ExitCode.STOPPED
+    by = ""
 
 
 BY_CODE: dict[int, type[HpcpipeError]] = {

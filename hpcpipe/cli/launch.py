@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import hpcpipe
 from hpcpipe.cli.parser import nearest
 from hpcpipe.cli.preflight import check_start
-from hpcpipe.errors import DiskError, ExitCode, HpcpipeError, RankError, StoppedError, UsageError
+from hpcpipe.errors import BY_CODE, DiskError, ExitCode, HpcpipeError, RankError, StoppedError, UsageError
 
 if TYPE_CHECKING:
     from hpcpipe.cluster.supervise import Outcome
@@ -92,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
 def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpirun_args: Sequence[str] = ()) -> int:
     """Start a program on ranks and wait for its end.
 
-    Where this launch's ``status.json`` still says that the run is running, it is brought to its end.
+    Where this launch's ``status.json`` still says that the run is running, or the run ended before it could write
+    one, it is written here.
 
     Parameters
     ----------
@@ -141,9 +142,10 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
     try:
         code = conclude(outcome, read_status(directory, launch_id))
     except HpcpipeError as error:
-        _end_status(directory, launch_id, error.exit_code, str(error))
+        _end_status(directory, launch_id, error)
         raise
-    _end_status(directory, launch_id, code, _story(outcome))
+    if code != ExitCode.DONE:
+        _end_status(directory, launch_id, BY_CODE.get(code, RankError)(_story(outcome)))
     return code
 
 
@@ -183,7 +185,7 @@ def conclude(outcome: "Outcome", status: Status | None) -> int:
         return outcome.code
     # The run may have begun between the look at its status and the end of mpirun.
     if outcome.was_ended or (status is None and outcome.was_asked_to_stop and not outcome.has_begun):
-        raise StoppedError("asked to stop before the first step; nothing was written")
+        raise StoppedError("asked to stop before the first step; run the same command again")
     if status is None and outcome.code == _MPIRUN_REFUSED:
         raise UsageError("mpirun could not start the ranks, for the reason above; check -n and --mpirun-arg")
     raise RankError(
@@ -226,13 +228,22 @@ def python_command() -> list[str]:
     return [sys.executable] if package_parent == Path.cwd() else [sys.executable, "-P"]
 
 
-def _end_status(directory: Path | None, launch_id: str, code: int, cause: str) -> None:
+def _end_status(directory: Path | None, launch_id: str, error: HpcpipeError) -> None:
     """Say in ``status.json`` how the run ended, where its ranks were ended before they could."""
     from hpcpipe.telemetry.status import end_status
+    from hpcpipe.train.last_status import write_last_status
 
-    if directory is not None:
-        with contextlib.suppress(DiskError):
-            end_status(directory, launch_id, code, cause)
+    if directory is None:
+        return
+    if isinstance(error, StoppedError):
+        error.by = "signal"
+    if read_status(directory, launch_id) is None:
+        write_last_status(directory, error, is_first=True, launch_id=launch_id)
+        return
+    with contextlib.suppress(DiskError):
+        end_status(
+            directory, launch_id, error.exit_code, str(error), error.by if isinstance(error, StoppedError) else ""
+        )
 
 
 def _terminal() -> tuple[int, int] | None:
@@ -248,7 +259,7 @@ def _terminal() -> tuple[int, int] | None:
 def _story(outcome: "Outcome") -> str:
     """Say in a clause how the ranks ended."""
     if outcome.failures:
-        return f"rank {outcome.failures[0].rank} {outcome.failures[0].sentence}"
+        return str(outcome.failures[0])
     if outcome.code < 0:
         return f"mpirun was ended by signal {-outcome.code}"
     return f"mpirun ended with code {outcome.code}"

@@ -1,7 +1,7 @@
-"""What ``mpirun`` prints about ranks that failed, turned from its standard error into facts.
+"""What ``mpirun`` prints about ranks and nodes that failed, turned from its standard error into facts.
 
-When a rank ends badly, ``mpirun`` prints a block between two lines of dashes. The run itself has mostly said by
-then what went wrong, and the block hides it. Everything else passes unchanged, in order.
+When a rank ends badly or a node is lost, ``mpirun`` prints a block between two lines of dashes. The run itself has
+mostly said by then what went wrong, and the block hides it. Everything else passes unchanged, in order.
 """
 
 import re
@@ -21,24 +21,38 @@ _BLOCKS = (
     rb"\S+ has exited due to process rank (?P<caller_rank>\d+) with PID \d+ on node (?P<caller_node>\S+) calling\n"
     rb'"abort"\. This may have caused other processes in the application to be\n'
     rb"terminated by signals sent by \S+ \(as reported here\)\.\n",
+    rb"\S+ has lost communication with a remote daemon\.\n\n  HNP daemon   : [^\n]*\n"
+    rb"  Remote daemon: \S+ on node (?P<lost_node>\S+)\n\n(?:[^\n]+\n){4}",
 )
 _BANNER = re.compile(_RULE + b"(?:" + b"|".join(_BLOCKS) + b")" + _RULE + rb"\x00?")
 _FIRST_WORDS = re.compile(
-    rb"\S* (?:detected that one or more processes|noticed that process rank|has exited due to process rank)"
+    rb"\S* (?:detected that one or more processes|noticed that process rank|has exited due to process rank"
+    rb"|has lost communication)"
 )
 _LONGEST = 1024
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank that ended badly, as ``mpirun`` saw it; the sentence reads on from "rank 3"."""
+    """A rank that ended badly or a node that was lost, as ``mpirun`` saw it.
 
-    rank: int
+    Attributes
+    ----------
+    rank : int or None
+        None for a node.
+    sentence : str
+        Reads on from "rank 3", or stands alone.
+    """
+
+    rank: int | None
     sentence: str
+
+    def __str__(self) -> str:
+        return self.sentence if self.rank is None else f"rank {self.rank} {self.sentence}"
 
 
 class BannerFilter:
-    """A stream filter that takes out ``mpirun``'s blocks about failed ranks.
+    """A stream filter that takes out ``mpirun``'s blocks about failed ranks and lost nodes.
 
     Text that cannot belong to a block leaves at once, also unfinished lines. Text that may become one is held
     until it is complete, or until `release`.
@@ -95,6 +109,8 @@ class BannerFilter:
 def _failure(match: re.Match[bytes]) -> Failure:
     """Turn a block into a fact."""
     found = {name: value.decode(errors="replace") for name, value in match.groupdict().items() if value}
+    if "lost_node" in found:
+        return Failure(None, f"node {found['lost_node']} was lost: its connection to mpirun broke")
     if "signal" in found:
         sentence = f"on {found['signal_node']} was ended by signal {found['signal']}"
         return Failure(int(found["signal_rank"]), sentence)

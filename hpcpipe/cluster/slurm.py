@@ -8,11 +8,24 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 _ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY"}
 _ENDED |= {"PENDING", "PREEMPTED", "REVOKED", "TIMEOUT"}
+
+STEP_OPTIONS = (
+    "SLURM_CPUS_PER_TASK",
+    "SLURM_DISTRIBUTION",
+    "SLURM_JOB_NUM_NODES",
+    "SLURM_NNODES",
+    "SLURM_NPROCS",
+    "SLURM_NTASKS",
+    "SLURM_NTASKS_PER_NODE",
+    "SLURM_TASKS_PER_NODE",
+)
+"""Facts of the job that ``srun`` takes for options of a step."""
 
 
 @dataclass(frozen=True)
@@ -135,3 +148,97 @@ def _number(environ: Mapping[str, str], *names: str) -> int | None:
     """Return the first of these variables that is a number."""
     values = (environ.get(name, "") for name in names)
     return next((int(value) for value in values if value.isdecimal()), None)
+
+
+class AllocationEnd:
+    """When the allocation ends: what Slurm said at the start, and what it says when it is asked again each minute.
+
+    Time limits can be changed while a job runs. ``squeue`` is run beside this process, which never waits for it.
+
+    Parameters
+    ----------
+    environ : mapping
+        Environment of a rank.
+    """
+
+    _ASK_EVERY_S = 60.0
+    _ANSWER_LIMIT_S = 20.0
+
+    def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        found = allocation(environ)
+        self._job_id = found.job_id if found else 0
+        self._squeue = shutil.which("squeue", path=environ.get("PATH")) if found else None
+        self._end: float | None = None
+        self._asked: subprocess.Popen[str] | None = None
+        self._asked_at = -self._ASK_EVERY_S
+        end_time = _number(environ, "SLURM_JOB_END_TIME")
+        if found and end_time:
+            self._end = time.monotonic() + end_time - time.time()
+
+    def left_s(self) -> float | None:
+        """Return how many seconds are left, None if there is no end or it is not known; takes microseconds."""
+        if self._squeue is not None:
+            now = time.monotonic()
+            if self._asked is not None:
+                self._hear(now)
+            elif now - self._asked_at >= self._ASK_EVERY_S:
+                self._ask(now)
+        return None if self._end is None else self._end - time.monotonic()
+
+    def close(self) -> None:
+        """End what still asks."""
+        if self._asked is not None:
+            self._asked.kill()
+            self._asked.communicate()
+            self._asked = None
+
+    def _ask(self, now: float) -> None:
+        self._asked_at = now
+        assert self._squeue is not None
+        command = [self._squeue, "-h", "-j", str(self._job_id), "-o", "%L"]
+        try:
+            self._asked = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        except OSError:
+            self._squeue = None
+
+    def _hear(self, now: float) -> None:
+        """Take the answer if it is there; one that does not come is given up until the next minute."""
+        assert self._asked is not None
+        if self._asked.poll() is None and now - self._asked_at < self._ANSWER_LIMIT_S:
+            return
+        if self._asked.poll() is None:
+            self.close()
+            return
+        answer, code = self._asked.communicate()[0], self._asked.returncode
+        self._asked = None
+        left_s = read_time_left(answer)
+        if code == 0 and left_s is not None:
+            self._end = None if left_s == float("inf") else now + left_s
+
+
+def read_time_left(text: str) -> float | None:
+    """Read what ``squeue -o %L`` prints: ``days-hours:minutes:seconds`` from the right, or a word.
+
+    Parameters
+    ----------
+    text : str
+        Its output.
+
+    Returns
+    -------
+    float or None
+        Seconds, infinite without a limit; None if it is not known.
+    """
+    text = text.strip()
+    if text == "UNLIMITED":
+        return float("inf")
+    # The time is up, and Slurm has not ended the job yet.
+    if text == "INVALID":
+        return 0.0
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if not match:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
+    return 86400.0 * days + 3600.0 * hours + 60.0 * minutes + seconds

@@ -39,7 +39,7 @@ class Outcome:
     code : int
         Its exit code; negative: the signal that ended it.
     failures : tuple of Failure
-        Ranks that ended badly, first things first, as ``mpirun`` reported them.
+        Ranks that ended badly and nodes that were lost, first things first, as ``mpirun`` reported them.
     was_asked_to_stop, was_killed : bool
         A stop was asked for; everything was killed at once on request.
     was_ended : bool
@@ -169,6 +169,7 @@ class _Watch:
         self._num_interrupts = 0
         self._final_since: float | None = None
         self._empty_since: float | None = None
+        self._failed_since: float | None = None
         self._had_ranks = False
         self._has_told_loss = False
         self._next_check = 0.0
@@ -241,7 +242,11 @@ class _Watch:
             self.err.add(f"{note}the run goes on without\n".encode())
 
     def _is_hanging(self) -> bool:
-        """Tell whether the run is over but ``mpirun`` is not: its shutdown can lock up after a rank died."""
+        """Tell whether the run is over but ``mpirun`` is not: its shutdown can lock up after a rank died.
+
+        What has failed by its own account it ends within a second; on several nodes its children are also what it
+        started the others' daemons with.
+        """
         now = time.monotonic()
         if now < self._next_check:
             return False
@@ -252,9 +257,11 @@ class _Watch:
         is_empty = self._had_ranks and not has_ranks
         self._final_since = (self._final_since or now) if is_final else None
         self._empty_since = (self._empty_since or now) if is_empty else None
+        self._failed_since = (self._failed_since or now) if self.banners.failures else None
         if self._empty_since and now - self._empty_since > (_EMPTY_GRACE_S if is_final else _FINAL_GRACE_S):
             return True
-        return self._final_since is not None and now - self._final_since > _FINAL_GRACE_S
+        since = [moment for moment in (self._final_since, self._failed_since) if moment is not None]
+        return bool(since) and now - min(since) > _FINAL_GRACE_S
 
 
 def _do_nothing(signum: int, frame: FrameType | None) -> None:

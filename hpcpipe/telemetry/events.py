@@ -1,5 +1,6 @@
 """``events.jsonl``: what happened to a run, with the time of day."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,21 @@ class EventLog:
     ----------
     path : Path or None
         The file; None on ranks that do not write it.
+    guard : callable, optional
+        Called before each event is written; raises if it must not be.
     """
 
-    def __init__(self, path: Path | None) -> None:
+    def __init__(self, path: Path | None, guard: Callable[[], None] | None = None) -> None:
         self._path = path
+        self._guard = guard
 
     def add(self, event: str, **facts: Any) -> None:
         """Append an event with its facts."""
-        if self._path is not None:
-            append_line(self._path, {"time": now(), "event": event, **facts})
+        if self._path is None:
+            return
+        if self._guard is not None:
+            self._guard()
+        append_line(self._path, {"time": now(), "event": event, **facts})
 
     def read(self) -> list[dict[str, Any]]:
         """Return all events so far, of earlier starts too; none on ranks that do not write them."""

@@ -1,6 +1,7 @@
 """``metrics.jsonl``: one object per step, and one per evaluation."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,30 @@ class MetricsLog:
     ----------
     path : Path
         The file; made by the first row.
+    guard : callable, optional
+        Called before anything is written; raises if it must not be.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, guard: Callable[[], None] | None = None) -> None:
         self._path = path
+        self._guard = guard or (lambda: None)
 
     def keep_until(self, step: int) -> None:
         """Drop the rows of steps after `step`, which a restart computes again, and what is no row of a step."""
+        self._guard()
         rows = [row for row in _steps(self._path) if row["step"] <= step]
         if rows or self._path.exists():
             write_whole(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row."""
+        self._guard()
         append_line(self._path, row)
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Return whether there is a row of a step, and none of an evaluation after it."""
+        rows = [row for row in _steps(self._path) if row["step"] == step]
+        return bool(rows) and not any("val_loss" in row for row in rows)
 
 
 def last_step(path: Path) -> int:

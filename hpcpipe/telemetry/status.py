@@ -3,7 +3,9 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+from hpcpipe.cluster import slurm
 from hpcpipe.cluster.environment import LAUNCH_ID
 from hpcpipe.errors import ExitCode
 from hpcpipe.telemetry.files import now, write_whole
@@ -12,7 +14,16 @@ from hpcpipe.telemetry.metrics import last_step
 STATES: dict[int, str] = {ExitCode.DONE: "done", ExitCode.STOPPED: "stopped"}
 
 
-def write_status(directory: Path, step: int, exit_code: ExitCode | None, cause: str = "") -> None:
+def write_status(
+    directory: Path,
+    step: int,
+    exit_code: ExitCode | None,
+    cause: str = "",
+    *,
+    start_step: int | None = None,
+    stopped_by: str = "",
+    launch_id: str | None = None,
+) -> None:
     """Write the state of a run.
 
     Parameters
@@ -25,19 +36,43 @@ def write_status(directory: Path, step: int, exit_code: ExitCode | None, cause: 
         What the command returns; None while it runs.
     cause : str
         Why the run ended before its end.
+    start_step : int, optional
+        Step that this start goes on from; None until its first step begins, or if it has none.
+    stopped_by : str
+        Who asked a stopped run to stop, see `hpcpipe.errors.StoppedError`.
+    launch_id : str, optional
+        Name of the launch; that of this process's environment without it.
     """
     status = {
         "state": "running" if exit_code is None else STATES.get(exit_code, "failed"),
         "step": step,
+        "start_step": step if start_step is None and exit_code is not None else start_step,
+        "checkpoint_step": _newest_checkpoint(directory),
         "exit_code": None if exit_code is None else int(exit_code),
         "cause": cause,
+        "stopped_by": stopped_by,
         "time": now(),
-        "launch_id": os.environ.get(LAUNCH_ID, ""),
+        "launch_id": os.environ.get(LAUNCH_ID, "") if launch_id is None else launch_id,
+        "job": _job(),
     }
     write_whole(directory / "status.json", json.dumps(status, indent=1) + "\n")
 
 
-def end_status(directory: Path, launch_id: str, exit_code: int, cause: str) -> None:
+def read_status(directory: Path) -> dict[str, Any]:
+    """Return what ``status.json`` says, nothing if there is none or it is no object."""
+    try:
+        status = json.loads((directory / "status.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def is_running(status: dict[str, Any], launch_id: str) -> bool:
+    """Return whether a status says that a launch's run is running."""
+    return bool(status) and status.get("launch_id") == launch_id and status.get("exit_code") is None
+
+
+def end_status(directory: Path, launch_id: str, exit_code: int, cause: str, stopped_by: str = "") -> None:
     """Write the end of a run whose ranks were ended before they could, with the last step of its metrics.
 
     Does nothing unless the file says that this launch's run is still running.
@@ -52,19 +87,42 @@ def end_status(directory: Path, launch_id: str, exit_code: int, cause: str) -> N
         What the command returns.
     cause : str
         Why the run ended.
+    stopped_by : str
+        As for `write_status`.
 
     Raises
     ------
     DiskError
         If the file system refuses; the file still says that the run is running.
     """
-    path = directory / "status.json"
-    try:
-        status = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+    status = read_status(directory)
+    if not is_running(status, launch_id):
         return
-    if not isinstance(status, dict) or status.get("launch_id") != launch_id or status.get("exit_code") is not None:
-        return
-    end = {"state": STATES.get(exit_code, "failed"), "exit_code": int(exit_code), "cause": cause, "time": now()}
     step = last_step(directory / "metrics.jsonl") or status.get("step", 0)
-    write_whole(path, json.dumps({**status, **end, "step": step}, indent=1) + "\n")
+    start_step = status.get("start_step")
+    end = {
+        "state": STATES.get(exit_code, "failed"),
+        "step": step,
+        "start_step": step if start_step is None else start_step,
+        "checkpoint_step": _newest_checkpoint(directory),
+        "exit_code": int(exit_code),
+        "cause": cause,
+        "stopped_by": stopped_by,
+        "time": now(),
+    }
+    write_whole(directory / "status.json", json.dumps({**status, **end}, indent=1) + "\n")
+
+
+def _newest_checkpoint(directory: Path) -> int:
+    """Return the step of the newest complete checkpoint, 0 without any; only names are read."""
+    try:
+        names = [path.name.removeprefix("step-") for path in (directory / "checkpoints").glob("step-*")]
+    except OSError:
+        return 0
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _job() -> dict[str, int] | None:
+    """Return Slurm's number of this job, and how often it was requeued."""
+    found = slurm.allocation()
+    return {"id": found.job_id, "restart_count": found.restart_count} if found else None

@@ -81,6 +81,8 @@ class Checkpoints:
     ----------
     step : int
         Step of the newest checkpoint that this run has committed or gone on from.
+    commit_s : float
+        Seconds from the last step of the newest checkpoint of this run until it was valid; 0 before the first.
     blocked_s : float
         Seconds that training has waited for checkpoints so far, on this rank.
     """
@@ -95,6 +97,7 @@ class Checkpoints:
         cadence: Cadence,
     ) -> None:
         self.step = state.step
+        self.commit_s = 0.0
         self.blocked_s = 0.0
         self._session, self._state, self._data, self._lock, self._cadence = session, state, data, lock, cadence
         self._comm, self._waiter = session.grid.comm, session.waiter
@@ -161,7 +164,7 @@ class Checkpoints:
             self._advance(answers)
 
     def take(self, facts: dict[str, Any]) -> None:
-        """Take a checkpoint of the last finished step; where one is under way, skip it and say so.
+        """Take a checkpoint of the last finished step; where one is under way, skip it and say so, or wait.
 
         Parameters
         ----------
@@ -169,6 +172,9 @@ class Checkpoints:
             What the header says beside the usual, such as ``val_loss``.
         """
         session, step = self._session, self._state.step
+        if session.config.checkpoint.when_busy == "wait":
+            with _Timed(self._add_blocked):
+                self._drain(True)
         if self._phase is not Phase.IDLE:
             under_way_s = time.monotonic() - self._began_s
             session.events.add("checkpoint skipped", step=step, writing=self._writing_step, seconds=under_way_s)
@@ -280,6 +286,7 @@ class Checkpoints:
         self.step = self._writing_step
         self._num_failures = 0
         session, seconds = self._session, time.monotonic() - self._began_s
+        self.commit_s = seconds
         session.events.add(
             "checkpoint", step=self.step, path=str(self._path), seconds=seconds, blocked_s=self._blocked_by_this_s
         )

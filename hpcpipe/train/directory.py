@@ -48,6 +48,11 @@ class RunDirectory:
         return self.path / "checkpoints"
 
     @property
+    def halt(self) -> Path:
+        """Asks the run to stop, see `hpcpipe.train.halt`."""
+        return self.path / "halt"
+
+    @property
     def lock(self) -> Path:
         """Held by the run that writes here."""
         return self.path / "lock.json"

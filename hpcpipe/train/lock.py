@@ -87,7 +87,7 @@ class RunLock:
     def is_ours(self) -> bool:
         """Read the file, and tell whether the lock is still this run's; one that somebody removed is made again."""
         with self._mutex:
-            if self._is_lost or self._done.is_set():
+            if self._is_lost or not self._seen_at or self._done.is_set():
                 return False
             try:
                 found = _read(self._path)

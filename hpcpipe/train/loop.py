@@ -3,8 +3,11 @@
 import math
 from typing import Any
 
-from hpcpipe.errors import ExitCode, NumericsError, StoppedError
+import numpy as np
+
+from hpcpipe.errors import ExitCode, NumericsError
 from hpcpipe.model.gpt2 import training_flops_per_sample
+from hpcpipe.mpi.collectives import gather_rows
 from hpcpipe.train.checkpoints import Checkpoints
 from hpcpipe.train.evaluate import Evaluation, Evaluator
 from hpcpipe.train.rows import Notes
@@ -79,7 +82,9 @@ class Loop:
         config, state = self._session.config, self._state
         self._session.console.start(config.train.steps, state.step)
         try:
+            self._catch_up()
             for step in range(state.step + 1, config.train.steps + 1):
+                self._stop.look(step, self.steps_s[-1] if self.steps_s else 0.0, self._checkpoints.commit_s)
                 result = self._trainer.run(step, self._notes)
                 self._record(step, result)
                 self._checkpoints.after_step(result.step_s, result.heard.answers)
@@ -96,6 +101,15 @@ class Loop:
         finally:
             self._session.console.stop()
         return self._evaluation
+
+    def _catch_up(self) -> None:
+        """Run the evaluation that a stop after the same step has left out."""
+        step = self._state.step
+        if self._evaluator is None or not _is_due(step, self._session.config.train.eval_every):
+            return
+        is_missing = np.array([self._metrics is not None and self._metrics.lacks_evaluation(step)])
+        if gather_rows(self._session.grid.comm, self._session.waiter, is_missing).any():
+            self._evaluate()
 
     def _notes(self) -> Notes:
         """Return what this rank has to tell the others in a step."""
@@ -148,10 +162,11 @@ class Loop:
     def _end_early(self) -> None:
         session, step = self._session, self._state.step
         self._checkpoints.finish(self._facts(), save=session.config.checkpoint.on_signal, read_back=False)
-        cause = f"asked to stop ({self._stop.name or 'a signal on another rank'}) after step {step}"
-        session.events.add("stopped", step=step, exit_code=int(ExitCode.STOPPED), cause=cause)
-        error = StoppedError(f"{cause}; the last checkpoint is of step {self._checkpoints.step}: run the same command again")
-        error.on_all_ranks = True
+        self._stop.conclude()
+        advice = f"; the last checkpoint is of step {self._checkpoints.step}: run the same command again"
+        error = self._stop.error(f"after step {step}", advice)
+        cause = str(error).removesuffix(advice)
+        session.events.add("stopped", step=step, exit_code=int(ExitCode.STOPPED), cause=cause, by=error.by)
         raise error
 
 

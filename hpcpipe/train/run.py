@@ -8,7 +8,7 @@ from pathlib import Path
 
 import hpcpipe
 from hpcpipe.checkpoint.layout import candidates
-from hpcpipe.cluster.holder import fence_of
+from hpcpipe.cluster.slurm import AllocationEnd
 from hpcpipe.config.check import check_data
 from hpcpipe.config.dump import to_toml
 from hpcpipe.config.interval import parse_interval
@@ -30,6 +30,7 @@ from hpcpipe.mpi.runtime import World
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.files import write_whole
+from hpcpipe.telemetry.status import read_status
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.cadence import Cadence, estimate_mtbf_s
 from hpcpipe.train.checkpoints import Checkpoints, WriterMemory
@@ -37,6 +38,7 @@ from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.evaluate import Evaluator
 from hpcpipe.train.finish import show_compression, show_sample
 from hpcpipe.train.footprint import describe_allocated, describe_predicted
+from hpcpipe.train.halt import HaltFile
 from hpcpipe.train.leave import leaving_together
 from hpcpipe.train.lock import RunLock
 from hpcpipe.train.loop import Loop
@@ -44,7 +46,7 @@ from hpcpipe.train.peak import measure_peak_flops
 from hpcpipe.train.plan import Plan, compare_with_prediction, describe_plan, make_plan, write_plan
 from hpcpipe.train.resume import drop_later_metrics, find_start, identity_of, resume_state
 from hpcpipe.train.session import Session
-from hpcpipe.train.setup import SETUP_TIMEOUT_S, agree_on_setup, compile_kernels, require_own_memory
+from hpcpipe.train.setup import SETUP_TIMEOUT_S, agree_on_setup, compile_kernels, leave_if_asked, require_own_memory
 from hpcpipe.train.state import State, build_state
 from hpcpipe.train.step import Trainer
 from hpcpipe.train.stop import StopRequest
@@ -88,27 +90,32 @@ def _train(
     setup = agree_on_setup(world, config_path, overrides)
     config, waiter, binding = setup.config, setup.waiter, setup.binding
     directory = RunDirectory.of(config.run)
-    lock = RunLock(directory.lock)
+    console = Console(config.telemetry.console if world.rank == 0 else "quiet")
+    lock = RunLock(directory.lock, say=console.say)
+    events = EventLog(directory.events if world.rank == 0 else None, lock.check)
     with together(world.comm, waiter):
         if world.rank == 0:
-            _open(directory, lock, config)
+            _open(directory, lock, config, console, events)
     team = Team(config.parallel.threads, binding.own_cores(world.local_rank))
     try:
         grid = make_grid(world.comm, config.parallel.pipeline, config.parallel.data)
-        console = Console(config.telemetry.console if world.rank == 0 else "quiet")
-        events = EventLog(directory.events if world.rank == 0 else None)
         local = world.num_local_ranks, world.num_local_cores
         session = Session(
             config, setup.schedule, directory, grid, *local, binding, team, waiter, setup.mode, console, events
         )
-        session.status(0, None)
+        if world.rank == 0:
+            session.lock = lock
+            _watch(session, stop)
+            # A run that is done stays so until there are more steps to do.
+            if read_status(directory.path).get("state") != "done":
+                session.status(0, None)
         events.add("started", hpcpipe=hpcpipe.__version__, ranks=world.size, pid=os.getpid(), resume=resume)
         if len(setup.families) > 1 and config.train.precision == "bf16":
             console.say(
                 f"warning: ranks have kernels of {' and '.join(setup.families)}, so bits depend on which rank computes"
                 f" what: set HPCPIPE_KERNELS={setup.families[-1]} for the same bits everywhere"
             )
-        compile_kernels(session, world)
+        compile_kernels(session, world, stop=stop)
         code = _run(session, stop, resume, writer)
         grid.free()
         return code
@@ -118,7 +125,7 @@ def _train(
             lock.release()
 
 
-def _open(directory: RunDirectory, lock: RunLock, config: Config) -> None:
+def _open(directory: RunDirectory, lock: RunLock, config: Config, console: Console, events: EventLog) -> None:
     """Make and lock the run directory, and write the resolved configuration to it.
 
     A run that has checkpoints keeps the configuration that it was trained with until it goes on.
@@ -129,15 +136,29 @@ def _open(directory: RunDirectory, lock: RunLock, config: Config) -> None:
         raise DiskError(
             f"run.dir = {config.run.dir}: {directory.path} could not be made ({error.strerror}): choose another run.dir"
         ) from error
-    lock.acquire()
+    taken_from = lock.acquire()
+    if taken_from:
+        console.say(f"lock taken over: {taken_from} held the run directory, and is gone")
+        events.add("lock taken over", holder=taken_from)
     if not candidates(directory.checkpoints):
         write_whole(directory.config, to_toml(config))
+
+
+def _watch(session: Session, stop: StopRequest) -> None:
+    """Let rank 0 look for requests to stop that are no signals."""
+
+    def warn(problem: str) -> None:
+        session.console.say(f"warning: {problem}")
+        session.events.add("halt file refused", problem=problem)
+
+    stop.watch(HaltFile(session.directory.halt, warn), AllocationEnd())
 
 
 def _run(session: Session, stop: StopRequest, resume: str, writer: WriterMemory) -> ExitCode:
     """Build what is trained, go on from the last checkpoint, and train to the end."""
     grid, waiter, console = session.grid, session.waiter, session.console
     tokens = _open_tokens(session)
+    leave_if_asked(session, stop)
     with together(grid.comm, waiter):
         config = session.config = check_data(session.config, tokens.vocab)
         training, validation = tokens.split(config.data.validation_fraction)
@@ -145,22 +166,24 @@ def _run(session: Session, stop: StopRequest, resume: str, writer: WriterMemory)
         held_out = HeldOut(validation, config.model.context, config.data.validation_samples)
     found = find_start(session, resume)
     done = 0 if found is None else found[1].step
-    session.status(done, None)
     if done >= config.train.steps:
         drop_later_metrics(session, done)
         console.say(f"nothing to do: step {done} is done and train.steps = {config.train.steps}")
         session.status(done, ExitCode.DONE)
         return ExitCode.DONE
+    session.status(done, None)
     with together(grid.comm, waiter):
         # Layers are timed only where they fit; where the model is cut matters little here, and is not known yet.
         require_own_memory(session, replace(config, parallel=replace(config.parallel, partition="auto")))
     plan = make_plan(session)
+    leave_if_asked(session, stop, done)
     config = session.config
     with together(grid.comm, waiter):
         needed = require_own_memory(session, config)
     state = build_state(config, session.schedule.stage_to_rank, grid.stage_rank, grid.replica, session.team)
     _introduce(session, state, tokens, plan, needed)
     resume_state(session, state, found, tokens)
+    session.begin(state.step)
     write_plan(session, plan)
 
     per_replica = config.parallel.microbatches // grid.data
@@ -176,6 +199,7 @@ def _run(session: Session, stop: StopRequest, resume: str, writer: WriterMemory)
     console.say(f"memory: {describe_allocated(grid, waiter, needed)}; {huge_pages()}")
     peak_flops = measure_peak_flops(grid, waiter, config.train.precision, session.team, session.share_of_core)
     loop = Loop(session, state, trainer, evaluator, stop, checkpoints, peak_flops)
+    leave_if_asked(session, stop, state.step)
     waiter.timeout_s = config.parallel.timeout_s
     evaluation = loop.run()
     waiter.timeout_s = SETUP_TIMEOUT_S
@@ -195,7 +219,7 @@ def _make_checkpoints(session: Session, state: State, writer: WriterMemory, toke
     num_nodes = -(-session.grid.comm.size // session.num_local_ranks)
     mtbf_s = estimate_mtbf_s(num_nodes, session.events.read())
     cadence = Cadence(interval, mtbf_s, time.monotonic())
-    lock = {"path": str(session.directory.lock), "fence": fence_of(session.directory.lock) if session.is_root else ""}
+    lock = {"path": str(session.directory.lock), "fence": session.lock.fence if session.lock else ""}
     return Checkpoints(session, state, writer, identity_of(tokens), lock, cadence)
 
 

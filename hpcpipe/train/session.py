@@ -20,6 +20,7 @@ from hpcpipe.telemetry.metrics import MetricsLog
 from hpcpipe.telemetry.status import write_status
 from hpcpipe.train.choose import AUTO, PLAIN
 from hpcpipe.train.directory import RunDirectory
+from hpcpipe.train.lock import RunLock
 
 
 @dataclass
@@ -50,6 +51,10 @@ class Session:
         Rank 0's voice, quiet on the others.
     events : EventLog
         Rank 0's record of what happened, nothing on the others.
+    lock : RunLock or None
+        The run directory's, on rank 0, which writes nothing without it; None where there is no run directory.
+    start_step : int or None
+        Step that this start goes on from, once that is known and the metrics of later steps are gone.
     """
 
     config: Config
@@ -64,6 +69,8 @@ class Session:
     mode: MessageMode
     console: Console
     events: EventLog
+    lock: RunLock | None = None
+    start_step: int | None = None
 
     @property
     def share_of_core(self) -> float:
@@ -79,12 +86,29 @@ class Session:
     @property
     def metrics(self) -> MetricsLog | None:
         """The metrics, on the rank that writes them."""
-        return MetricsLog(self.directory.metrics) if self.is_root else None
+        return MetricsLog(self.directory.metrics, self.require_lock) if self.is_root else None
+
+    def require_lock(self) -> None:
+        """Refuse to write if the run directory is another run's by now, on rank 0.
+
+        Raises
+        ------
+        InUseError
+            On rank 0 alone.
+        """
+        if self.lock is not None:
+            self.lock.check()
+
+    def begin(self, step: int) -> None:
+        """Say in ``status.json`` which step the run goes on from, on rank 0."""
+        self.start_step = step
+        self.status(step, None)
 
     def status(self, step: int, exit_code: ExitCode | None, cause: str = "") -> None:
         """Write ``status.json``, on rank 0."""
         if self.is_root:
-            write_status(self.directory.path, step, exit_code, cause)
+            self.require_lock()
+            write_status(self.directory.path, step, exit_code, cause, start_step=self.start_step)
 
 
 def build_schedule(config: Config) -> Schedule:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from hpcpipe.mpi.wait import Waiter
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.train.footprint import predict_memory, require_memory
 from hpcpipe.train.session import Session, build_schedule, check_schedule
+from hpcpipe.train.stop import StopRequest
 
 MESSAGES = "HPCPIPE_TEST_MESSAGES"
 
@@ -89,7 +91,13 @@ def agree_on_setup(world: World, config_path: Path, overrides: Sequence[str]) ->
     return Setup(config, schedule, mode, binding, waiter, families)
 
 
-def compile_kernels(session: Session, world: World, say: Callable[[str], None] | None = None) -> None:
+class _AskedError(Exception):
+    """Ends the compilation of kernels."""
+
+
+def compile_kernels(
+    session: Session, world: World, say: Callable[[str], None] | None = None, stop: StopRequest | None = None
+) -> None:
     """Compile the kernels on one rank per node; the others load them from its cache.
 
     Parameters
@@ -100,20 +108,60 @@ def compile_kernels(session: Session, world: World, say: Callable[[str], None] |
         All ranks call it.
     say : callable, optional
         Takes a line about each kernel that must be compiled; the session's console without it.
+    stop : StopRequest, optional
+        Looked at before each kernel that must be compiled.
+
+    Raises
+    ------
+    StoppedError
+        On every rank, if one of them was asked to stop.
     """
     tell = say or session.console.say
 
     def report(name: str, index: int, total: int) -> None:
+        if stop is not None and stop.is_set:
+            raise _AskedError
         tell(f"compiling kernels for this processor, once: {index}/{total} {name}")
 
     precision = session.config.train.precision
     if world.local_rank == 0:
-        warm.compile_all(None if warm.is_compiled(precision) else report, precision)
-        session.team.prepare()
-    barrier(world.comm, session.waiter)
+        with suppress(_AskedError):
+            warm.compile_all(None if warm.is_compiled(precision) else report, precision)
+            session.team.prepare()
+    if stop is None:
+        barrier(world.comm, session.waiter)
+    else:
+        leave_if_asked(session, stop)
     if world.local_rank != 0:
         warm.compile_all(None, precision)
         session.team.prepare()
+
+
+def leave_if_asked(session: Session, stop: StopRequest, step: int = 0) -> None:
+    """Leave together before the first step if a rank was asked to stop; all ranks call it.
+
+    Parameters
+    ----------
+    session : Session
+        The run.
+    stop : StopRequest
+        Of this rank.
+    step : int
+        The last step that is done, as far as that is known.
+
+    Raises
+    ------
+    StoppedError
+        On every rank.
+    """
+    stop.look(step)
+    if gather_rows(session.grid.comm, session.waiter, np.array([stop.is_set])).any():
+        stop.conclude()
+        advice = "; run the same command again"
+        error = stop.error("before the first step", advice)
+        cause = str(error).removesuffix(advice)
+        session.events.add("stopped", step=step, exit_code=int(error.exit_code), cause=cause, by=error.by)
+        raise error
 
 
 def require_own_memory(session: Session, config: Config) -> dict[str, int]:

@@ -147,7 +147,7 @@ def test_a_stop_before_the_run_has_begun(start: Start, tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 75
-    assert err == b"hpcpipe: stopped: asked to stop before the first step; nothing was written\n"
+    assert err == b"hpcpipe: stopped: asked to stop before the first step; run the same command again\n"
     assert_all_gone(tmp_path)
 
 

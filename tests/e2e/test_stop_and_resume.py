@@ -25,6 +25,8 @@ def stop_in_mid_run(runs: Runs, signum: signal.Signals, *settings: str, num_rows
     assert finished.code == 75, finished.stderr
     assert status(directory)["exit_code"] == 75
     assert status(directory)["state"] == "stopped"
+    assert status(directory)["stopped_by"] == "signal"
+    assert status(directory)["start_step"] == 0
     assert finished.stderr.startswith("hpcpipe: stopped: ")
     assert finished.stderr.count("hpcpipe:") == 1
     stopped_at = status(directory)["step"]
@@ -54,7 +56,8 @@ def test_stop_and_resume_on_another_grid(
     assert bits(directory) == bits(finished_run)
     assert events(directory, "resumed")[-1]["step"] == stopped_at
     assert status(directory) | {"time": "", "launch_id": ""} == {
-        "state": "done", "step": 20, "exit_code": 0, "cause": "", "time": "", "launch_id": ""
+        "state": "done", "step": 20, "start_step": stopped_at, "checkpoint_step": 20, "exit_code": 0, "cause": "",
+        "stopped_by": "", "time": "", "launch_id": "", "job": None,
     }  # fmt: skip
 
 
@@ -110,7 +113,9 @@ def test_resume_never_refuses_checkpoints(runs: Runs, copy_of_finished) -> None:
     directory = copy_of_finished("run")
     before = contents(directory)
     finished = runs.train("run", 2, "--resume", "never")
-    assert finished.code == status(directory)["exit_code"] == 64
+    assert finished.code == 64
+    # What was done stays done.
+    assert status(directory)["state"] == "done"
     (message,) = finished.messages
     for part in ("--resume never", str(directory / "checkpoints"), "step-00000020", "run.name"):
         assert part in message
