@@ -20,10 +20,11 @@ DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "
     {"uint8", "uint16", "uint32", "uint64"}
 )
 
+_NAME_LETTERS_AT_MOST = 500
 _STEP = re.compile(r"step-([0-9]{8,})\Z")
 _LEFTOVER = re.compile(r"(step-[0-9]{8,}(\.[0-9a-f]+)?\.partial|trash-.+)\Z", re.DOTALL)
-_FILE = re.compile(r"rank-[0-9]{4,}\.h5\Z")
-_KIND = re.compile(r"[a-z][a-z0-9_]*\Z")
+_FILE = re.compile(r"rank-[0-9]{4,9}\.h5\Z")
+_KIND = re.compile(r"[a-z][a-z0-9_]{0,99}\Z")
 _TENSOR = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)*\Z")
 
 
@@ -171,7 +172,7 @@ def is_file_name(name: str) -> bool:
 
 def is_tensor_name(name: str) -> bool:
     """Tell whether a tensor may have this global name."""
-    return _TENSOR.match(name) is not None
+    return len(name) <= _NAME_LETTERS_AT_MOST and _TENSOR.match(name) is not None
 
 
 def is_kind(name: str) -> bool:

@@ -35,7 +35,7 @@ def parse(document: dict[str, Any]) -> Manifest:
     for item in document["files"]:
         entry = _parse_file(item, key)
         if not is_file_name(entry.name) or entry.name in files:
-            raise ValueError(f"names the file {entry.name!r}, which is not possible or comes twice")
+            raise ValueError(f"names the file {entry.name!r:.80}, which is not possible or comes twice")
         files[entry.name] = entry
     tensors = {name: _parse_tensor(name, item, files, key) for name, item in dict(document["tensors"]).items()}
     step, header = _count(document["step"]), document["header"]
@@ -67,12 +67,12 @@ def _parse_tensor(name: str, item: Any, files: dict[str, FileEntry], key: str) -
     shape, dtype = tuple(_count(extent) for extent in item["shape"]), item["dtype"]
     if not is_tensor_name(name) or dtype not in DTYPES or len(shape) > _DIMENSIONS_AT_MOST:
         raise ValueError(
-            f"names the tensor {name!r} of dtype {dtype!r:.80} and {len(shape)} dimensions, which is not possible"
+            f"names the tensor {name!r:.80} of dtype {dtype!r:.80} and {len(shape)} dimensions, which is not possible"
         )
     kinds = {}
     for kind, pieces in dict(item["kinds"]).items():
         if not is_kind(kind):
-            raise ValueError(f"names the kind {kind!r} of {name}, which is not possible")
+            raise ValueError(f"names the kind {kind!r:.80} of {name}, which is not possible")
         kinds[kind] = tuple(
             PieceEntry(
                 str(piece["file"]),
@@ -128,9 +128,9 @@ def _check_coverage(label: str, size: int, pieces: Iterable[PieceEntry]) -> None
         if piece.start > done:
             raise ValueError(f"{label}: no file holds the elements [{done}, {piece.start}) of its {size}")
         if piece.start < done or (number and piece.start == piece.stop):
-            raise ValueError(f"{label}: elements from {piece.start} on are held twice, also in {piece.file}")
+            raise ValueError(f"{label}: elements from {piece.start} on are held twice, also in {piece.file!r:.80}")
         if piece.stop < piece.start:
-            raise ValueError(f"{label}: {piece.file} holds elements [{piece.start}, {piece.stop})")
+            raise ValueError(f"{label}: {piece.file!r:.80} holds elements [{piece.start}, {piece.stop})")
         done = piece.stop
     if done != size:
         raise ValueError(f"{label}: the files hold {done} elements of its {size}")
@@ -141,7 +141,7 @@ def _check_ranges(label: str, item_bytes: int, pieces: Iterable[PieceEntry], fil
     for piece in pieces:
         file = files.get(piece.file)
         if file is None or piece.offset + (piece.stop - piece.start) * item_bytes > file.size_bytes:
-            raise ValueError(f"{label}: elements [{piece.start}, {piece.stop}) do not lie within {piece.file}")
+            raise ValueError(f"{label}: elements [{piece.start}, {piece.stop}) do not lie within {piece.file!r:.80}")
 
 
 def _count(value: Any) -> int:

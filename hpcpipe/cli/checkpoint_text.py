@@ -41,7 +41,7 @@ def describe_difference(found: "Comparison", paths: tuple[Path, Path], with_tens
         )
         lines += [f"    {_line(tensor)}" for tensor in differing if with_tensors or tensor.type_a != tensor.type_b]
     lines.append("identical" if found.is_identical else "different")
-    return lines
+    return [_printable(line) for line in lines]
 
 
 def _line(tensor: "TensorDifference") -> str:
@@ -69,7 +69,7 @@ def describe(shown: dict[str, Any]) -> str:
         lines.append(f"  {'':<11}{tensor['name']}  {shape}  {tensor['dtype']}  {kinds}  {tensor['bytes']:,} bytes")
     if shown["unknown_files"]:
         lines.append(f"  {'not of it':<11}{', '.join(shown['unknown_files'])}")
-    return "\n".join(lines)
+    return "\n".join(_printable(line) for line in lines)
 
 
 def _inline(value: Any) -> str:
@@ -77,3 +77,8 @@ def _inline(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_inline(item)}" for key, item in value.items())
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _printable(line: str) -> str:
+    """Replace what could command a terminal: a checkpoint may come from anybody."""
+    return "".join(letter if letter.isprintable() else "?" for letter in line)
