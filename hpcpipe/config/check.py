@@ -23,6 +23,7 @@ CHOICES = {
     "model.kind": ("gpt2",),
     "train.precision": ("auto", "bf16", "f32"),
     "train.recompute": ("none", "selective", "full"),
+    "checkpoint.when_busy": ("skip", "wait"),
     "telemetry.console": ("auto", "terminal", "lines", "quiet"),
 }
 POSITIVE = (

@@ -98,6 +98,7 @@ class CheckpointConfig:
     keep_every: int = key(0, "checkpoints of steps that are multiples of this are kept for ever; 0: none")
     keep_best: bool = key(True, "the checkpoint with the lowest held-out loss is kept")
     on_signal: bool = key(True, "write a checkpoint when the run is asked to stop")
+    when_busy: str = key("skip", "when one is due while the last is still being written: skip it, or wait")
     max_failures: int = key(3, "failed checkpoints in a row after which the run stops with exit code 74")
 
 

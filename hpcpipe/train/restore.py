@@ -1,13 +1,13 @@
-"""Starting again: the newest checkpoint that verifies, and why others were passed over."""
+"""Starting again: the newest checkpoint that is sound, and why others were passed over."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from hpcpipe.checkpoint.layout import candidates, locate, step_of
 from hpcpipe.checkpoint.manifest import load_manifest
 from hpcpipe.checkpoint.table import Manifest
-from hpcpipe.checkpoint.verify import verify_file
+from hpcpipe.checkpoint.verify import verify_file, verify_metadata
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import DamagedError, UsageError
 from hpcpipe.mpi.agree import together
@@ -22,9 +22,18 @@ Checkpoint = tuple[Path, Manifest]
 
 
 def find_checkpoint(
-    config: Config, grid: Grid, waiter: Waiter, root: Path, resume: str, refused: Refused
+    config: Config,
+    grid: Grid,
+    waiter: Waiter,
+    root: Path,
+    resume: str,
+    refused: Refused,
+    damaged: Mapping[Path, str] | None = None,
 ) -> Checkpoint | None:
-    """Find the checkpoint to go on from, and verify it.
+    """Find the checkpoint to go on from.
+
+    Its manifest, the sizes of its files, and what they hold around the tensors are checked here. The tensors are when
+    they are read, so that every byte is read once; of the checkpoint of a run that is done, now.
 
     Parameters
     ----------
@@ -41,6 +50,8 @@ def find_checkpoint(
         start. Else the path of a checkpoint, or of a directory that holds some.
     refused : callable
         Told of every checkpoint that was passed over, and why.
+    damaged : mapping of Path to str
+        Checkpoints that turned out to be damaged when they were read, and how.
 
     Returns
     -------
@@ -50,20 +61,23 @@ def find_checkpoint(
     Raises
     ------
     DamagedError
-        If there are checkpoints and none of them verifies, or the one that was asked for does not.
+        If there are checkpoints and none of them is sound, or the one that was asked for does not.
     UsageError
         If the checkpoint is of another model, ``never`` would write over checkpoints, or the one that was asked for is
         older than others of the run.
     """
-    paths = _choose(grid, waiter, root, resume)
-    problems = []
-    for path in paths:
+    damaged = damaged or {}
+    problems = list(damaged.values())
+    for path in _choose(grid, waiter, root, resume):
+        if path in damaged:
+            continue
         manifest = None
         try:
             with together(grid.comm, waiter):
                 manifest = load_manifest(path)
+                check = verify_file if manifest.step >= config.train.steps else verify_metadata
                 for name in list(manifest.files)[grid.comm.rank :: grid.comm.size]:
-                    _require_sound(path, manifest, name)
+                    _require_sound(check(path, manifest, name))
         except DamagedError as error:
             problems.append(str(error))
             refused(path, str(error))
@@ -96,7 +110,7 @@ def restore(state: State, grid: Grid, waiter: Waiter, found: Checkpoint | None) 
     Raises
     ------
     DamagedError
-        On every rank, if the checkpoint has changed since it was verified.
+        On every rank, if the checkpoint is damaged; the state is then undefined.
     """
     if found is None:
         state.fill_initial()
@@ -135,8 +149,7 @@ def _require_newest(root: Path, step: int) -> None:
         )
 
 
-def _require_sound(path: Path, manifest: Manifest, name: str) -> None:
-    problems = verify_file(path, manifest, name)
+def _require_sound(problems: list[str]) -> None:
     if problems:
         raise DamagedError("; ".join(problems))
 

@@ -1,8 +1,10 @@
 """Going on after a stop: what is loaded, what is said about it, and which rows of the metrics stay."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from hpcpipe.data.reader import TokenFile
+from hpcpipe.errors import DamagedError
 from hpcpipe.kernels.features import family
 from hpcpipe.mpi.agree import together
 from hpcpipe.train.restore import Checkpoint, find_checkpoint, restore
@@ -10,15 +12,14 @@ from hpcpipe.train.session import Session
 from hpcpipe.train.state import State
 
 
-def find_start(session: Session, resume: str) -> Checkpoint | None:
+def find_start(session: Session, resume: str, damaged: Mapping[Path, str] | None = None) -> Checkpoint | None:
     """Find a checkpoint as `find_checkpoint` does, and say which were passed over."""
 
     def refused(path: Path, problem: str) -> None:
-        session.console.say(f"passed over {path.name}: {problem}")
-        session.events.add("checkpoint refused", path=str(path), problem=problem)
+        _say_refused(session, path, problem)
 
     root = session.directory.checkpoints
-    return find_checkpoint(session.config, session.grid, session.waiter, root, resume, refused)
+    return find_checkpoint(session.config, session.grid, session.waiter, root, resume, refused, damaged)
 
 
 def drop_later_metrics(session: Session, step: int) -> None:
@@ -28,9 +29,28 @@ def drop_later_metrics(session: Session, step: int) -> None:
             session.metrics.keep_until(step)
 
 
-def resume_state(session: Session, state: State, found: Checkpoint | None, tokens: TokenFile) -> None:
-    """Fill the state as `restore` does, say from what, and drop the metrics of steps that will be run again."""
-    restore(state, session.grid, session.waiter, found)
+def resume_state(
+    session: Session, state: State, found: Checkpoint | None, tokens: TokenFile, resume: str
+) -> None:
+    """Fill the state as `restore` does, say from what, and drop the metrics of steps that will be run again.
+
+    Where the checkpoint turns out to be damaged, the next older one is taken.
+
+    Raises
+    ------
+    DamagedError
+        On every rank, if there are checkpoints and none of them is sound.
+    """
+    damaged: dict[Path, str] = {}
+    while True:
+        try:
+            restore(state, session.grid, session.waiter, found)
+            break
+        except DamagedError as error:
+            assert found is not None
+            damaged[found[0]] = str(error)
+            _say_refused(session, found[0], str(error))
+            found = find_start(session, resume, damaged)
     drop_later_metrics(session, state.step)
     if found is None:
         return
@@ -41,6 +61,11 @@ def resume_state(session: Session, state: State, found: Checkpoint | None, token
     session.events.add("resumed", step=state.step, path=str(path))
     for warning in _changes(header, state, tokens):
         session.console.say(f"warning: {warning}")
+
+
+def _say_refused(session: Session, path: Path, problem: str) -> None:
+    session.console.say(f"passed over {path.name}: {problem}")
+    session.events.add("checkpoint refused", path=str(path), problem=problem)
 
 
 def identity_of(tokens: TokenFile) -> dict[str, str]:

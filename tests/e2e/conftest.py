@@ -30,6 +30,7 @@ learning_rate = 3e-3
 sample_tokens = 0
 [checkpoint]
 every = 10
+when_busy = "wait"
 """
 COMPILE_LIMIT_S = 400.0
 WORDS = [

@@ -6,10 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from hpcpipe.checkpoint.snapshot import snapshot_bytes
 from hpcpipe.config.check import check_stages, resolve
 from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
 from hpcpipe.errors import UsageError
 from hpcpipe.memory.block import allocated_bytes
+from hpcpipe.memory.shared import SharedBlock
 from hpcpipe.model.gpt2 import build_layers
 from hpcpipe.model.partition import partition
 from hpcpipe.mpi.shards import receive_elements
@@ -20,6 +22,7 @@ from hpcpipe.schedule.build import GENERATORS, build, build_forward
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.footprint import predict_bytes, predict_largest_bytes, predict_memory, require_memory
 from hpcpipe.train.gradients import Gradients
+from hpcpipe.train.save import SNAPSHOT, piece_specs
 from hpcpipe.train.session import build_schedule
 from hpcpipe.train.state import build_state
 
@@ -48,7 +51,10 @@ def allocate(config, program, rank, replica):
     executor = Executor(program, rank, stages, NoTransport(), work)
     forward = build_forward(program.stage_to_rank, 5)
     evaluator = Executor(forward, rank, state.compute_stages(4), NoTransport(), work, executor.memory)
-    return executor, evaluator
+    shared = SharedBlock(SNAPSHOT)
+    snapshot = shared.allocate(snapshot_bytes(spec.num_bytes for spec in piece_specs(state)))
+    shared.close()
+    return executor, evaluator, snapshot
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -64,7 +70,7 @@ def test_the_prediction_is_what_is_allocated(schedule, recompute, rank, data):
     predicted = predict_memory(config, program, rank, data - 1)
     assert predicted.pop("sums") > 0
     assert allocated == predicted
-    assert set(allocated) == {"weights", "moments", "gradients", "activations", "batches"}
+    assert set(allocated) == {"weights", "moments", "gradients", "activations", "batches", "snapshot"}
     del held
 
 
@@ -117,8 +123,8 @@ def test_replicas_share_the_moments(data):
     predicted, stages = [], []
     for replicas in (1, data):
         config, program = configured(microbatches=64, data=replicas, lanes=replicas)
-        # A replica's share of the microbatches is a matter of its own.
-        shared = Counter(predict_memory(config, program, 0)) - Counter({"batches": 1 << 40})
+        # A replica's share of the microbatches is a matter of its own, and so is what it writes to checkpoints.
+        shared = Counter(predict_memory(config, program, 0)) - Counter({"batches": 1 << 40, SNAPSHOT: 1 << 40})
         predicted.append(shared.total())
         stages.append(build_state(config, program.stage_to_rank, 0).stages[0])
     whole, shard = (sum(arena.flat.size for arena in stage.moments.values()) for stage in stages)
