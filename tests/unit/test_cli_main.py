@@ -2,9 +2,9 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from hpcpipe.cli import launch, main
 from hpcpipe.cli.doctor import as_text
 from hpcpipe.cli.preflight import check_start
 from hpcpipe.cluster.banner import Failure
+from hpcpipe.cluster.holder import process_start, this_process
 from hpcpipe.cluster.supervise import Outcome
 from hpcpipe.errors import DamagedError, RankError, StoppedError, UsageError
 
@@ -150,6 +151,7 @@ def test_text_that_the_output_s_encoding_lacks_passes() -> None:
     assert (result.returncode, result.stdout) == (0, b"caf? ?\n")
 
 
+LOST = Failure(None, "node n2 was lost: its connection to mpirun broke")
 KILLED = Failure(1, "on n1 was ended by signal 9 (Killed)")
 
 
@@ -178,6 +180,12 @@ def test_the_true_exit_code(ended: Outcome, status: launch.Status | None, code: 
         (outcome(137, KILLED), launch.Status("running", None), RankError, "rank 1 on n1 was ended by signal 9"),
         (outcome(0), launch.Status("running", None), RankError, "mpirun ended with code 0"),
         (outcome(0), None, RankError, "mpirun ended with code 0"),
+        (
+            outcome(0, LOST),
+            launch.Status("running", None),
+            RankError,
+            "node n2 was lost: .* run the same command again",
+        ),
         (outcome(-15), None, RankError, "mpirun was ended by signal 15"),
         (outcome(1, stop=True), None, StoppedError, "before the first step"),
         (outcome(1, stop=True, ended=True), launch.Status("running", None), StoppedError, "before the first step"),
@@ -268,11 +276,17 @@ def test_a_wrong_configuration_starts_no_ranks(
 
 def test_a_wrong_configuration_leaves_another_run_alone(config: Path, capsys: Captured) -> None:
     (config.parent / "one").mkdir()
-    start = Path("/proc/1/stat").read_text().rpartition(")")[2].split()[19]
-    holder = {"host": socket.gethostname(), "pid": 1, "process_start": start, "started": ""}
-    (config.parent / "one/lock.json").write_text(json.dumps(holder))
+    holder = replace(this_process(), pid=1, process_start=process_start(1))
+    (config.parent / "one/lock.json").write_bytes(holder.to_bytes())
     assert main.main(["launch", "-n", "9", "train", str(config)]) == 64
     assert not (config.parent / "one/status.json").exists()
+
+
+def test_a_run_that_is_done_stays_so_when_a_later_start_is_refused(config: Path, capsys: Captured) -> None:
+    (config.parent / "one").mkdir()
+    (config.parent / "one/status.json").write_text('{"state": "done", "exit_code": 0}')
+    assert main.main(["launch", "-n", "9", "train", str(config)]) == 64
+    assert json.loads((config.parent / "one/status.json").read_text()) == {"state": "done", "exit_code": 0}
 
 
 @pytest.mark.parametrize("arguments", [[], ["--unknown", "x.toml"], ["nowhere.toml"]])

@@ -162,7 +162,16 @@ CALLED = (
     b'"abort". This may have caused other processes in the application to be\n'
     b"terminated by signals sent by prterun (as reported here).\n" + RULE + b"\0"
 )
+LOST = (
+    RULE + b"PRTE has lost communication with a remote daemon.\n\n"
+    b"  HNP daemon   : [prterun-n1-4608@0,0] on node n1\n  Remote daemon: [prterun-n1-4608@0,1] on node n2\n\n"
+    b"This is usually due to either a failure of the TCP network\n"
+    b"connection to the node, or possibly an internal failure of\n"
+    b"the daemon itself. We cannot recover from this failure, and\n"
+    b"therefore will terminate the job.\n" + RULE
+)
 FACTS = [
+    (LOST, Failure(None, "node n2 was lost: its connection to mpirun broke")),
     (EXITED, Failure(11, "ended with exit code 64")),
     (KILLED, Failure(1, "on n1 was ended by signal 9 (Killed)")),
     (ABORTED, Failure(1, "called MPI_Abort")),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hpcpipe.errors import DamagedError, DiskError, ExitCode, InUseError
+from hpcpipe.errors import DamagedError, DiskError, ExitCode, InUseError, StoppedError
 from hpcpipe.train import leave
 
 ALONE = SimpleNamespace(rank=0, size=1)
@@ -48,6 +48,28 @@ def test_an_error_is_told_and_written(tmp_path, capsys):
     assert capsys.readouterr().err == "hpcpipe: error: broken\n"
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["state"], status["exit_code"], status["step"], status["cause"]) == ("failed", 65, 7, "broken")
+
+
+def test_a_run_that_is_done_stays_so(tmp_path, capsys):
+    (tmp_path / "status.json").write_text('{"state": "done", "exit_code": 0, "step": 20}')
+    assert fail_on_all_ranks(tmp_path) is ExitCode.DAMAGED
+    assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+
+
+def test_a_stop_says_who_asked_and_where_the_run_began(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HPCPIPE_LAUNCH_ID", "abc")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
+    error = StoppedError("asked")
+    error.on_all_ranks, error.by = True, "allocation"
+    for launch_id, start_step in (("abc", 5), ("another", 7)):
+        status = {"state": "running", "exit_code": None, "launch_id": launch_id, "start_step": 5}
+        (tmp_path / "status.json").write_text(json.dumps(status))
+        with leave.leaving_together(ALONE, tmp_path) as outcome:
+            raise error
+        assert outcome.code is ExitCode.STOPPED
+        status = json.loads((tmp_path / "status.json").read_text())
+        assert (status["state"], status["stopped_by"], status["start_step"]) == ("stopped", "allocation", start_step)
+    assert capsys.readouterr().err == "hpcpipe: stopped: asked\n" * 2
 
 
 def a_file_above(path):

@@ -50,6 +50,22 @@ def test_a_launcher_that_hangs_after_its_ranks_died_is_killed(monkeypatch: pytes
     assert 1.0 < time.monotonic() - began < 6
 
 
+def test_a_launcher_that_hangs_after_it_told_of_a_failure_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "_FINAL_GRACE_S", 0.5)
+    monkeypatch.setattr(supervise, "_HANG_CHECK_S", 0.1)
+    rule = "-" * 74 + "\n"
+    banner = f"{rule}prterun noticed that process rank 1 with PID 4632 on node n2 exited on\nsignal 9 (Killed).\n{rule}"
+    began = time.monotonic()
+    # What it started the other node's daemon with is still there.
+    outcome = run(
+        "import signal, subprocess, sys, time; signal.signal(15, signal.SIG_IGN); time.sleep(0.5);"
+        f"sys.stderr.write({banner!r}); sys.stderr.flush(); subprocess.run(['sleep', '30'])"
+    )
+    assert outcome.code == -9
+    assert str(outcome.failures[0]) == "rank 1 on n2 was ended by signal 9 (Killed)"
+    assert 1.0 < time.monotonic() - began < 6
+
+
 def test_a_launcher_without_ranks_yet_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervise, "_FINAL_GRACE_S", 0.2)
     monkeypatch.setattr(supervise, "_HANG_CHECK_S", 0.05)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpcpipe.cluster.environment import TERMINAL
-from hpcpipe.errors import DiskError, ExitCode, NumericsError
+from hpcpipe.errors import DiskError, ExitCode, InUseError, NumericsError
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.files import append_line, read_lines, write_whole
@@ -130,6 +130,52 @@ def test_status(tmp_path, monkeypatch):
         assert (status["state"], status["step"], status["cause"]) == (state, 3, "because")
         assert status["exit_code"] == (None if code is None else int(code))
         assert status["launch_id"] == "abc"
+        assert (status["start_step"], status["checkpoint_step"]) == (None if code is None else 3, 0)
+        assert (status["stopped_by"], status["job"]) == ("", None)
+
+
+def test_status_says_what_a_batch_script_decides_by(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    for name in ("step-00000005", "step-00000010", "step-00000020.0123abcd.partial", "trash-step-00000030", "step-x"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    write_status(tmp_path, 14, ExitCode.STOPPED, "asked", start_step=3, stopped_by="halt")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["step"], status["start_step"], status["checkpoint_step"]) == (14, 3, 10)
+    assert (status["stopped_by"], status["job"]) == ("halt", {"id": 12, "restart_count": 2})
+
+
+@pytest.mark.parametrize(("start_step", "expected"), [(1, 1), (None, 2)])
+def test_the_end_of_a_run_keeps_where_it_began(tmp_path, monkeypatch, start_step, expected):
+    monkeypatch.setenv("HPCPIPE_LAUNCH_ID", "abc")
+    write_status(tmp_path, 1, None, start_step=start_step)
+    MetricsLog(tmp_path / "metrics.jsonl").add({**ROW, "step": 2})
+    (tmp_path / "checkpoints/step-00000002").mkdir(parents=True)
+    end_status(tmp_path, "abc", ExitCode.STOPPED, "killed", "signal")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["step"], status["start_step"], status["checkpoint_step"]) == (2, expected, 2)
+    assert status["stopped_by"] == "signal"
+
+
+def test_nothing_is_written_that_the_guard_forbids(tmp_path):
+    def forbid():
+        raise InUseError("not ours")
+
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
+    metrics, events = MetricsLog(tmp_path / "metrics.jsonl", forbid), EventLog(tmp_path / "events.jsonl", forbid)
+    for write in (lambda: metrics.add(ROW), lambda: metrics.keep_until(1), lambda: events.add("x")):
+        with pytest.raises(InUseError):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_an_evaluation_that_a_stop_left_out_is_noticed(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.add({**ROW, "step": 1})
+    log.add({"step": 1, "val_loss": 2.0})
+    log.add({**ROW, "step": 2})
+    assert [log.lacks_evaluation(step) for step in (1, 2, 3)] == [False, True, False]
 
 
 def test_the_end_of_a_run_that_could_not_write_it(tmp_path, monkeypatch):
