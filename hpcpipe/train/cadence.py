@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from hpcpipe.config.interval import Interval
@@ -32,8 +33,8 @@ def best_interval_s(cost_s: float, mtbf_s: float) -> float:
 def estimate_mtbf_s(num_nodes: int, events: Sequence[dict[str, Any]]) -> float:
     """Estimate the mean time between failures of a run.
 
-    The expectation for its nodes counts as one failure seen, and what happened to the run so far is added. A start
-    that was followed by neither an end nor a stop counts as a failure.
+    The expectation for its nodes counts as one failure seen, and what happened to the run so far is added: the time
+    from each start to its last event, and as a failure each start that was followed by neither an end nor a stop.
 
     Parameters
     ----------
@@ -42,18 +43,24 @@ def estimate_mtbf_s(num_nodes: int, events: Sequence[dict[str, Any]]) -> float:
     events : sequence of dict
         Of ``events.jsonl``, in order.
     """
-    expected_s = NODE_MTBF_S / num_nodes
-    num_failures, trained_s = 0, 0.0
-    is_running = False
+    starts: list[list[dict[str, Any]]] = []
     for event in events:
         if event.get("event") == "started":
-            num_failures += is_running
-            is_running = True
-        elif event.get("event") in ("done", "stopped"):
-            is_running = False
-        seconds = event.get("trained_s")
-        trained_s += seconds if isinstance(seconds, int | float) else 0.0
-    return (expected_s + trained_s) / (1 + num_failures)
+            starts.append([])
+        if starts:
+            starts[-1].append(event)
+    # The last start may be this one.
+    num_failures = sum(start[-1].get("event") not in ("done", "stopped") for start in starts[:-1])
+    trained_s = sum(max(0.0, _seconds(start[-1]) - _seconds(start[0])) for start in starts)
+    return (NODE_MTBF_S / num_nodes + trained_s) / (1 + num_failures)
+
+
+def _seconds(event: dict[str, Any]) -> float:
+    """Return the time of day of an event, 0 where it has none."""
+    try:
+        return datetime.fromisoformat(event["time"]).timestamp()
+    except (KeyError, TypeError, ValueError):
+        return 0.0
 
 
 class Cadence:
@@ -91,3 +98,22 @@ class Cadence:
         """Take the measured cost of a checkpoint into account."""
         if self._interval.is_auto:
             self.seconds = best_interval_s(cost_s, self._mtbf_s)
+
+
+class Costs:
+    """By how much steps take longer while a checkpoint is being written."""
+
+    def __init__(self) -> None:
+        self._usual_s, self._slowdown_s = 0.0, 0.0
+
+    def add(self, step_s: float, is_writing: bool) -> None:
+        """Count a step."""
+        if is_writing:
+            self._slowdown_s += step_s - self._usual_s if self._usual_s else 0.0
+        else:
+            self._usual_s += (step_s - self._usual_s) * (0.1 if self._usual_s else 1.0)
+
+    def take_slowdown_s(self) -> float:
+        """Return the seconds lost since the last call."""
+        slowdown_s, self._slowdown_s = max(0.0, self._slowdown_s), 0.0
+        return slowdown_s

@@ -20,7 +20,7 @@ from hpcpipe.checkpoint.snapshot import Snapshot, snapshot_bytes
 from hpcpipe.errors import BY_CODE, DiskError, ExitCode, HpcpipeError
 from hpcpipe.memory.shared import SharedBlock
 from hpcpipe.mpi.collectives import broadcast_bytes, gather_bytes, gather_rows
-from hpcpipe.train.cadence import Cadence
+from hpcpipe.train.cadence import Cadence, Costs
 from hpcpipe.train.save import SNAPSHOT, header_of, piece_arrays, piece_specs
 from hpcpipe.train.session import Session
 from hpcpipe.train.state import State
@@ -120,7 +120,7 @@ class Checkpoints:
         self._began_s, self._blocked_by_this_s = 0.0, 0.0
         self._writing_step = 0
         self._header: dict[str, Any] = {}
-        self._costs = _Costs()
+        self._costs = Costs()
 
     @property
     def answer(self) -> Answer:
@@ -132,11 +132,7 @@ class Checkpoints:
     @property
     def is_due_by_time(self) -> bool:
         """Whether rank 0 says that the next one is due."""
-        return (
-            self._session.is_root
-            and self._phase is Phase.IDLE
-            and self._cadence.is_due_by_time(time.monotonic())
-        )
+        return self._session.is_root and self._phase is Phase.IDLE and self._cadence.is_due_by_time(time.monotonic())
 
     def is_due(self, step: int, by_time: bool) -> bool:
         """Return whether one is due after a step, on every rank alike."""
@@ -224,14 +220,16 @@ class Checkpoints:
             problem = self._drain(read_back) or problem
         self._waiter.timeout_s = timeout_s
         if save and self.step != self._state.step:
-            raise _on_all(DiskError(f"the last checkpoint, of step {self._state.step}, could not be written: {problem}"))
+            raise _on_all(
+                DiskError(f"the last checkpoint, of step {self._state.step}, could not be written: {problem}")
+            )
 
     def _drain(self, read_back: bool) -> str:
         """Wait until no checkpoint is under way; return why it failed, if it did."""
         problem = ""
         while self._phase not in (Phase.IDLE, *(() if read_back else (Phase.VERIFY,))):
-            is_asked = self._phase is not Phase.COMMIT or self._session.is_root
-            self._process.wait(lambda replies: self._is_answered(replies) or not is_asked)
+            if self._phase is not Phase.COMMIT or self._session.is_root:
+                self._process.wait(self._is_answered)
             row = np.array([self._answer], np.int64)
             answers = gather_rows(self._comm, self._waiter, row)[:, 0].tolist()
             problem = self._advance(tuple(answers)) or problem
@@ -337,7 +335,9 @@ class Checkpoints:
 
     @property
     def _partial(self) -> Path:
-        return self._session.directory.checkpoints / partial_name(self._writing_step, f"{self._token}{self._num_taken:x}")
+        return self._session.directory.checkpoints / partial_name(
+            self._writing_step, f"{self._token}{self._num_taken:x}"
+        )
 
     def _add_blocked(self, seconds: float) -> None:
         self.blocked_s += seconds
@@ -355,25 +355,6 @@ class _Timed:
 
     def __exit__(self, *_: object) -> None:
         self._add(time.perf_counter() - self._start)
-
-
-class _Costs:
-    """By how much steps take longer while a checkpoint is being written."""
-
-    def __init__(self) -> None:
-        self._usual_s, self._slowdown_s = 0.0, 0.0
-
-    def add(self, step_s: float, is_writing: bool) -> None:
-        """Count a step."""
-        if is_writing:
-            self._slowdown_s += step_s - self._usual_s if self._usual_s else 0.0
-        else:
-            self._usual_s += (step_s - self._usual_s) * (0.1 if self._usual_s else 1.0)
-
-    def take_slowdown_s(self) -> float:
-        """Return the seconds lost since the last call."""
-        slowdown_s, self._slowdown_s = max(0.0, self._slowdown_s), 0.0
-        return slowdown_s
 
 
 def _on_all(error: HpcpipeError) -> HpcpipeError:
