@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     ------
     UsageError
         Not a verb for ranks, no ranks, a wrong configuration, or no ``mpirun``.
+    InUseError
+        Another run is known to be running in the run directory.
     RankError, StoppedError
         See `launch`.
     """
@@ -86,6 +88,11 @@ def run(args: argparse.Namespace) -> int:
     if {"-h", "--help"} & set(args.arguments):
         return os.spawnv(os.P_WAIT, program[0], program)
     directory = check_start(args.program, args.arguments, args.num_ranks)
+    if directory is not None:
+        from hpcpipe.train.directory import RunDirectory
+        from hpcpipe.train.lock import require_free
+
+        require_free(RunDirectory(directory).lock)
     return launch(program, args.num_ranks, directory, args.mpirun_args)
 
 

@@ -126,6 +126,32 @@ class RunLock:
                 os.utime(self._path)
 
 
+def require_free(path: Path, patience_s: float = 1.0) -> None:
+    """Refuse at once a directory whose holder is known to be there, before any rank is started.
+
+    Parameters
+    ----------
+    path : Path
+        The lock file.
+    patience_s : float
+        How long to wait for a holder that may be just about to end.
+
+    Raises
+    ------
+    InUseError
+        If another run holds the lock; who cannot be known to be there is left to `RunLock`.
+    """
+    me, deadline = this_process(), time.monotonic() + patience_s
+    with contextlib.suppress(OSError):
+        while (content := _read(path)) is not None:
+            holder = Holder.from_bytes(content) or Holder()
+            if not is_known_alive(holder, me, 0.0):
+                return
+            if time.monotonic() > deadline:
+                raise _in_use(path, holder)
+            time.sleep(_POLL_S)
+
+
 def is_held_by_another(path: Path) -> bool:
     """Return whether a lock file's holder is alive and not this process, or the file may not be read."""
     me = this_process()
@@ -156,12 +182,16 @@ def _take(path: Path, me: Holder, say: Callable[[str], None]) -> str:
         verdict = _is_alive(path, content, me, say) if before in (None, content) else True
         before = content
         if verdict:
-            raise InUseError(
-                f"{path.parent} is in use by {holder}, started {holder.started}: wait for it, stop it, or choose"
-                " another run.name"
-            )
+            raise _in_use(path, holder)
         if verdict is False and _replace(path, content, me, me.to_bytes()):
             return str(holder)
+
+
+def _in_use(path: Path, holder: Holder) -> InUseError:
+    return InUseError(
+        f"{path.parent} is in use by {holder}, started {holder.started}: wait for it, stop it, or choose another"
+        " run.name"
+    )
 
 
 def _is_alive(path: Path, content: bytes, me: Holder, say: Callable[[str], None] | None = None) -> bool | None:

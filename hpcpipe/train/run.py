@@ -182,7 +182,7 @@ def _run(session: Session, stop: StopRequest, resume: str, writer: WriterMemory)
         needed = require_own_memory(session, config)
     state = build_state(config, session.schedule.stage_to_rank, grid.stage_rank, grid.replica, session.team)
     _introduce(session, state, tokens, plan, needed)
-    resume_state(session, state, found, tokens)
+    resume_state(session, state, found, tokens, resume)
     session.begin(state.step)
     write_plan(session, plan)
 

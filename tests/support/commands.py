@@ -16,6 +16,9 @@ HPCPIPE = str(Path(sys.executable).with_name("hpcpipe"))
 MARK = "HPCPIPE_TEST_MARK"
 """Variable by which the processes of a command are known, also ranks in sessions of their own."""
 
+WRITER = "hpcpipe.checkpoint.writer"
+"""In the command line of the process beside each rank that writes checkpoints."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -82,7 +85,10 @@ class Command:
     def ranks(self) -> list[int]:
         """Return the processes of the ranks in ascending order of rank."""
         found = {}
-        for pid in self.processes():
+        for pid, words in self.processes().items():
+            # A rank's writer has its environment.
+            if WRITER in words:
+                continue
             rank = _variables(pid).get("OMPI_COMM_WORLD_RANK")
             if rank is not None:
                 found[int(rank)] = pid

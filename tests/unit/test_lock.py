@@ -17,7 +17,7 @@ from hpcpipe.cluster import holder as holder_module
 from hpcpipe.cluster.holder import Holder, fence_of, is_known_alive, process_start, this_process
 from hpcpipe.errors import DiskError, InUseError
 from hpcpipe.train import lock as lock_module
-from hpcpipe.train.lock import RunLock, is_held_by_another
+from hpcpipe.train.lock import RunLock, is_held_by_another, require_free
 
 ELSEWHERE = Holder("elsewhere", "another boot", "pid:[1]", 1, "0", "", 0, 0, "then", "a fence")
 
@@ -196,6 +196,26 @@ def test_a_full_disk_leaves_no_lock(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_is_refused_before_ranks_are_started(tmp_path):
+    path = tmp_path / "lock.json"
+    require_free(path)
+    lock = RunLock(path)
+    lock.acquire()
+    with pytest.raises(InUseError, match=f"is in use by process {os.getpid()}"):
+        require_free(path, patience_s=0.2)
+    threading.Timer(0.3, lock.release).start()
+    require_free(path, patience_s=5.0)
+    # These are for the ranks to judge.
+    for holder in (replace(this_process(), process_start="0"), ELSEWHERE):
+        hold(path, holder)
+        began = time.monotonic()
+        require_free(path)
+        assert time.monotonic() - began < 0.5
+    path.unlink()
+    path.mkdir()
+    require_free(path)
 
 
 def test_what_is_known_of_a_holder_at_once(monkeypatch):
