@@ -246,6 +246,9 @@ class Checkpoints:
         if is_lost or reply.get("do") == self._phase.name.lower():
             self._reply = {**reply, "failed": ExitCode.DISK, "problem": reply["died"]} if is_lost else reply
             self._answer = Answer.FAILED if "failed" in self._reply else Answer.DONE
+        elif "died" in reply:
+            self._session.events.add("checkpoint writer died", problem=reply["died"])
+            self._session.console.say(f"warning: {reply['died']}; the next checkpoint starts another")
         elif "failed" in reply and reply["do"] != "prepare":
             self._session.events.add("checkpoint clean-up failed", problem=reply["problem"])
             self._session.console.say(f"warning: {reply['problem']}")
