@@ -44,7 +44,7 @@ def check_start(verb: str, arguments: Sequence[str], num_ranks: int) -> Path | N
 
     directory = run_directory(parsed.config, parsed.overrides)
     try:
-        _load(parsed, num_ranks)
+        check_ranks(parsed, num_ranks)
     except HpcpipeError as error:
         from hpcpipe.train.last_status import write_last_status
 
@@ -70,12 +70,25 @@ def _check_bench(parsed: argparse.Namespace, num_ranks: int) -> None:
         )
     if parsed.benchmark in bench.TOGETHER and num_ranks < 2:
         raise UsageError(f"launch -n {num_ranks} bench {parsed.benchmark}: it needs at least 2 ranks")
-    if parsed.benchmark == "step":
-        _load(parsed, num_ranks)
+    if parsed.benchmark in ("step", "checkpoint"):
+        check_ranks(parsed, num_ranks)
 
 
-def _load(parsed: argparse.Namespace, num_ranks: int) -> None:
-    """Load a configuration, which must be one for the number of ranks."""
+def check_ranks(parsed: argparse.Namespace, num_ranks: int) -> None:
+    """Load a configuration, which must be one for the number of ranks.
+
+    Parameters
+    ----------
+    parsed : argparse.Namespace
+        ``config`` and ``overrides``.
+    num_ranks : int
+        Ranks to start.
+
+    Raises
+    ------
+    UsageError
+        The configuration is wrong, or not one for so many ranks.
+    """
     from hpcpipe.config.check import resolve
     from hpcpipe.config.load import load
 

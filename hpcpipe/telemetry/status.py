@@ -47,7 +47,7 @@ def write_status(
         "state": "running" if exit_code is None else STATES.get(exit_code, "failed"),
         "step": step,
         "start_step": step if start_step is None and exit_code is not None else start_step,
-        "checkpoint_step": _newest_checkpoint(directory),
+        "checkpoint_step": newest_checkpoint(directory),
         "exit_code": None if exit_code is None else int(exit_code),
         "cause": cause,
         "stopped_by": stopped_by,
@@ -104,7 +104,7 @@ def end_status(directory: Path, launch_id: str, exit_code: int, cause: str, stop
         "state": STATES.get(exit_code, "failed"),
         "step": step,
         "start_step": step if start_step is None else start_step,
-        "checkpoint_step": _newest_checkpoint(directory),
+        "checkpoint_step": newest_checkpoint(directory),
         "exit_code": int(exit_code),
         "cause": cause,
         "stopped_by": stopped_by,
@@ -113,7 +113,7 @@ def end_status(directory: Path, launch_id: str, exit_code: int, cause: str, stop
     write_whole(directory / "status.json", json.dumps({**status, **end}, indent=1) + "\n")
 
 
-def _newest_checkpoint(directory: Path) -> int:
+def newest_checkpoint(directory: Path) -> int:
     """Return the step of the newest complete checkpoint, 0 without any; only names are read."""
     try:
         names = [path.name.removeprefix("step-") for path in (directory / "checkpoints").glob("step-*")]
