@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import h5py
-import numpy as np
 
+from hpcpipe.checkpoint import hdf5
 from hpcpipe.checkpoint.digests import DIGEST_BYTES, digest_key, join
-from hpcpipe.checkpoint.layout import FORMAT, VERSION, PieceSpec
+from hpcpipe.checkpoint.layout import PieceSpec
 from hpcpipe.checkpoint.sparse import SparseFile
-
-_DRIVER = {"libver": ("v110", "v110")}
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,8 @@ class Region:
 class Image:
     """The layout of one rank's file, made once and used for every checkpoint.
 
-    HDF5 lays the file out in a sparse file in memory, in which the tensors' bytes are holes; it never sees them, and
-    never touches the disk: h5py can crash when a file system fills up under it, and an interrupted HDF5 file cannot
-    be told from a finished one. What HDF5 does not write is zero, so that equal pieces give equal bytes.
+    HDF5 lays the file out in a sparse file in memory, in which the tensors' bytes are holes; it never sees them. What
+    it does not write is zero, so that equal pieces give equal bytes.
 
     Parameters
     ----------
@@ -61,9 +58,7 @@ class Image:
         self.specs = tuple(specs)
         _check_consistent(self.specs)
         self._file = SparseFile()
-        # Metadata of format 1.10 carry checksums: other programs notice a damaged file too.
-        with h5py.File(self._file, "w", **_DRIVER) as file:
-            file.attrs.update({"format": FORMAT, "version": VERSION, "step": np.int64(0)})
+        with hdf5.create(self._file) as file:
             self._offsets = {number: _add(file, spec) for number, spec in enumerate(self.specs) if _is_held(spec)}
         self.size_bytes = self._file.size_bytes
         held = sorted((offset, number) for number, offset in self._offsets.items() if self.specs[number].num_bytes)
@@ -93,8 +88,7 @@ class Image:
         for spec, view in zip(self.specs, data, strict=True):
             if view.nbytes != spec.num_bytes or not view.c_contiguous:
                 raise ValueError(f"{spec.label}: needs {spec.num_bytes} contiguous bytes, got {view.nbytes}")
-        with h5py.File(self._file, "r+", **_DRIVER) as file:
-            file.attrs.modify("step", np.int64(step))
+        hdf5.set_step(self._file, step)
         regions: list[Region] = []
         done = 0
         for start, stop, number in [*self._extents, (self.size_bytes, self.size_bytes, -1)]:
@@ -174,16 +168,12 @@ def _check_consistent(specs: Sequence[PieceSpec]) -> None:
 def _add(file: h5py.File, spec: PieceSpec) -> int:
     """Reserve the place of one piece; return where its bytes begin in the file."""
     path = f"{spec.kind}/{spec.name}"
-    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    creation = hdf5.without_times(h5py.h5p.DATASET_CREATE)
     creation.set_layout(h5py.h5d.CONTIGUOUS)
     creation.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     creation.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    creation.set_obj_track_times(False)
     shape = spec.shape if spec.is_whole else (spec.size,)
-    space = h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
-    parent, _, name = path.rpartition("/")
-    place, dtype = file.require_group(parent).id, h5py.h5t.py_create(np.dtype(spec.dtype), logical=True)
-    dataset = h5py.Dataset(h5py.h5d.create(place, name.encode(), dtype, space, creation))
+    dataset = hdf5.add_dataset(file, path, spec.dtype, hdf5.space_of(shape), creation)
     if not spec.is_whole:
         dataset.attrs.update({"shape": spec.shape, "start": spec.start, "stop": spec.stop})
     offset = dataset.id.get_offset()

@@ -143,8 +143,8 @@ def _check_version(document: Any) -> None:
     version = document.get("version")
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= VERSION:
         raise ValueError(
-            f"has version {version!r:.80}, this hpcpipe reads versions 1 to {VERSION}: a checkpoint is read by the hpcpipe "
-            "that wrote it and by later ones; install one that knows this version"
+            f"has version {version!r:.80}, this hpcpipe reads versions 1 to {VERSION}: a checkpoint is read by the "
+            "hpcpipe that wrote it and by later ones; install one that knows this version"
         )
 
 

@@ -9,10 +9,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from hpcpipe.checkpoint.layout import FORMAT, VERSION
+from hpcpipe.checkpoint import hdf5
 from hpcpipe.checkpoint.sparse import SparseFile
 
-_DRIVER = {"libver": ("v110", "v110")}
 _ATTRIBUTE_BYTES_AT_MOST = 60_000
 
 Block = tuple[tuple[int, ...], tuple[int, ...]]
@@ -47,8 +46,7 @@ def build(document: dict[str, Any]) -> bytes:
     model = document["header"].get("model")
     buffer = SparseFile()
     buffer.write(_build(json.dumps({"model": model, "tensors": tensors})))
-    with h5py.File(buffer, "r+", **_DRIVER) as file:
-        file.attrs.modify("step", np.int64(document["step"]))
+    hdf5.set_step(buffer, document["step"])
     buffer.seek(0)
     return buffer.read() or b""
 
@@ -97,49 +95,39 @@ def _build(table: str) -> bytes:
     """Build the file of a table for step 0; a run has one table, so that the last is kept."""
     content = json.loads(table)
     buffer = SparseFile()
-    with h5py.File(buffer, "w", **_DRIVER) as file:
-        file.attrs.update({"format": FORMAT, "version": VERSION, "step": np.int64(0)})
+    with hdf5.create(buffer) as file:
         # HDF5 keeps an attribute within the header of its object, which has 64 KiB.
         model = json.dumps(content["model"], sort_keys=True)
         if len(model) <= _ATTRIBUTE_BYTES_AT_MOST:
             file.attrs["model"] = model
         for name, entry in content["tensors"].items():
             for kind, pieces in entry["kinds"].items():
-                _add(file, f"{kind}/{name}", tuple(entry["shape"]), np.dtype(entry["dtype"]), pieces)
+                _add(file, f"{kind}/{name}", tuple(entry["shape"]), entry["dtype"], pieces)
     buffer.seek(0)
     return buffer.read() or b""
 
 
-def _add(
-    file: h5py.File, path: str, shape: tuple[int, ...], dtype: "np.dtype[Any]", pieces: list[dict[str, Any]]
-) -> None:
+def _add(file: h5py.File, path: str, shape: tuple[int, ...], dtype: str, pieces: list[dict[str, Any]]) -> None:
     """Add the virtual dataset of one kind of one tensor."""
-    creation = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
-    creation.set_obj_track_times(False)
-    if dtype.kind == "f":
+    creation = hdf5.without_times(h5py.h5p.DATASET_CREATE)
+    if np.dtype(dtype).kind == "f":
         creation.set_fill_value(np.array(np.nan, dtype))
     for piece in pieces:
         if prod(shape):
             _map(creation, path, shape, piece)
-    parent, _, name = path.rpartition("/")
-    place, elements = file.require_group(parent).id, h5py.h5t.py_create(dtype, logical=True)
-    h5py.h5d.create(place, name.encode(), elements, _space(shape), creation)
+    hdf5.add_dataset(file, path, dtype, hdf5.space_of(shape), creation)
 
 
 def _map(creation: Any, path: str, shape: tuple[int, ...], piece: dict[str, Any]) -> None:
     """Say where the elements of one piece are."""
     start, stop, source = piece["start"], piece["stop"], piece["file"].encode()
     if stop - start == prod(shape):
-        creation.set_virtual(_space(shape), source, f"/{path}".encode(), _space(shape))
+        creation.set_virtual(hdf5.space_of(shape), source, f"/{path}".encode(), hdf5.space_of(shape))
         return
     done = 0
     for first, extents in blocks(shape, start, stop):
-        there, here = _space((stop - start,)), _space(shape)
+        there, here = hdf5.space_of((stop - start,)), hdf5.space_of(shape)
         there.select_hyperslab((done,), (1,), block=(prod(extents),))
         here.select_hyperslab(first, (1,) * len(shape), block=extents)
         creation.set_virtual(here, source, f"/{path}".encode(), there)
         done += prod(extents)
-
-
-def _space(shape: tuple[int, ...]) -> Any:
-    return h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
