@@ -253,8 +253,6 @@ def running(shape: Shape) -> Iterator[Cluster]:
     """Give a cluster of this shape; with plain nodes where namespaces are not allowed."""
     root = Path(tempfile.mkdtemp(prefix="slurm-")).resolve()
     assert len(str(root)) <= LONGEST_ROOT, f"{root} is longer than {LONGEST_ROOT} characters: set a shorter TMPDIR"
-        f"{root} is longer than {LONGEST_ROOT} characters: set TMPDIR to a shorter one"
-    )
     # Tasks of other users' jobs would have to pass, and slurmd asks for it.
     root.chmod(0o755)
     cluster = Cluster(root, shape if can_namespace() else Shape(**{**vars(shape), "has_namespaces": False}))
