@@ -1,9 +1,10 @@
 """Tensors from a checkpoint, whoever wrote which part of them."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,16 @@ from hpcpipe.checkpoint.table import Manifest, PieceEntry, TensorEntry
 from hpcpipe.errors import DamagedError
 
 _OPEN_AT_MOST = 16
+
+
+class Wanted(NamedTuple):
+    """A range of a tensor's elements, and the caller's buffer for it: the parameters of `Reader.read`."""
+
+    name: str
+    kind: str
+    out: NDArray[Any]
+    start: int = 0
+    stop: int | None = None
 
 
 class Reader:
@@ -72,6 +83,30 @@ class Reader:
             if first < last:
                 part = target[(first - start) * tensor.item_bytes : (last - start) * tensor.item_bytes]
                 self._fill(piece, tensor.item_bytes, (first - piece.start) * tensor.item_bytes, part.data, label)
+
+    def read_all(self, wanted: Iterable[Wanted]) -> None:
+        """Read several ranges as `read` does, in the order in which they lie in the files.
+
+        Parameters
+        ----------
+        wanted : iterable of Wanted
+            In any order.
+
+        Raises
+        ------
+        DamagedError, ValueError
+            As `read`; which of the buffers are filled is then undefined.
+        """
+        for item in sorted(wanted, key=self._place):
+            self.read(*item)
+
+    def _place(self, item: Wanted) -> tuple[str, int]:
+        """Return the file and the byte where a range begins, as far as the manifest knows it."""
+        tensor = self._manifest.tensors.get(item.name)
+        for piece in tensor.kinds.get(item.kind, ()) if tensor else ():
+            if piece.stop > item.start:
+                return piece.file, piece.offset
+        return "", 0
 
     def close(self) -> None:
         """Close the files; the reader may still be used, and opens them again."""

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpcpipe.checkpoint import disk
 from hpcpipe.checkpoint.digests import digest_of
-from hpcpipe.checkpoint.image import Image
+from hpcpipe.checkpoint.image import Image, Region
 from hpcpipe.checkpoint.layout import PieceSpec, file_name, leftovers
 from hpcpipe.checkpoint.manifest import load_manifest
 from hpcpipe.checkpoint.retain import retain
@@ -32,6 +33,7 @@ Order = dict[str, Any]
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _LOWEST_PRIORITY = 19
+_IN_CACHE = 1 << 16
 
 
 class Writer:
@@ -77,13 +79,15 @@ class Writer:
     def _write(self, order: Order) -> Order:
         """Write the snapshot as this rank's file of ``step`` into ``partial``; answer with its record."""
         step, partial = order["step"], Path(order["partial"])
-        _require_finite(step, self._image.specs, self._buffers)
         regions = self._image.regions(step, self._buffers)
-        buffers = [region.buffer for region in regions]
-        digests = self._hashing.submit(lambda: list(map(digest_of, buffers)))
+        hashing = self._hashing.submit(_check_and_hash, step, self._image.specs, regions)
         join_partial(partial)
-        disk.write_new(partial / self._name, buffers)
-        return {"record": self._image.record(self._name, step, regions, digests.result())}
+        try:
+            disk.write_new(partial / self._name, [region.buffer for region in regions], read_back=False)
+        finally:
+            # The next snapshot must not be taken while this one is read.
+            digests = hashing.result()
+        return {"record": self._image.record(self._name, step, regions, digests)}
 
     def _commit(self, order: Order) -> Order:
         """Make the checkpoint in ``partial`` valid, of all ranks' ``records``, if the run still has its lock."""
@@ -116,16 +120,26 @@ class Writer:
         return {"removed": [path.name for path in removed]}
 
 
-def _require_finite(step: int, specs: Sequence[PieceSpec], buffers: Sequence[memoryview]) -> None:
-    """Refuse to keep a state that an update has broken: the next start would only fail again."""
-    for spec, buffer in zip(specs, buffers, strict=True):
-        values = np.frombuffer(buffer, spec.dtype)
-        # The largest and smallest are not finite if any is not, and need no memory.
-        if values.size and not (np.isfinite(values.max()) and np.isfinite(values.min())):
+def _check_and_hash(step: int, specs: Sequence[PieceSpec], regions: Sequence[Region]) -> list[bytes]:
+    """Return the digests; refuse to keep a state that an update has broken: the next start would only fail again."""
+    digests = []
+    for region in regions:
+        if region.piece is not None and not _is_finite(np.frombuffer(region.buffer, specs[region.piece].dtype)):
             raise NumericsError(
-                f"step {step}: {spec.label} has a value that is not finite: no checkpoint is written; lower"
-                " train.learning_rate and go on from the last one"
+                f"step {step}: {specs[region.piece].label} has a value that is not finite: no checkpoint is written;"
+                " lower train.learning_rate and go on from the last one"
             )
+        digests.append(digest_of(region.buffer))
+    return digests
+
+
+def _is_finite(values: NDArray[Any]) -> bool:
+    """Tell whether no value is NaN or infinite; takes no memory."""
+    for first in range(0, values.size, _IN_CACHE):
+        part = values[first : first + _IN_CACHE]
+        if not (np.isfinite(part.max()) and np.isfinite(part.min())):
+            return False
+    return True
 
 
 def main(arguments: Sequence[str]) -> None:

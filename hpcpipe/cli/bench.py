@@ -34,6 +34,10 @@ bandwidth of memory. Alone or under `hpcpipe launch -n N bench step CONFIG`."""
 _P2P = """\
 Measure the messages between neighbours in a pipeline, sent as the trainer sends them: one way, and both ways at the
 same time. Under `hpcpipe launch -n 2 bench p2p`; with more ranks all pairs send at the same time."""
+_CHECKPOINT = """\
+Write and restore checkpoints of a model, and move the same bytes with dd to and from the same disk, in turn: what
+training waits for, bandwidths, and their part of dd's. Writes below run.dir, and removes what it has written. Alone or
+under `hpcpipe launch -n N bench checkpoint CONFIG`."""
 _SHIFTS = {"": 0, "KiB": 10, "MiB": 20}
 
 
@@ -45,6 +49,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     _add_gemm(benchmarks)
     _add_step(benchmarks)
     _add_p2p(benchmarks)
+    _add_checkpoint(benchmarks)
 
 
 def _add_actions(benchmarks: "argparse._SubParsersAction[Any]") -> None:
@@ -97,6 +102,15 @@ def _add_p2p(benchmarks: "argparse._SubParsersAction[Any]") -> None:
     _add_overrides(p2p)
     _add_json(p2p)
     p2p.set_defaults(run=run_p2p)
+
+
+def _add_checkpoint(benchmarks: "argparse._SubParsersAction[Any]") -> None:
+    checkpoint = benchmarks.add_parser("checkpoint", help="what checkpoints take, beside dd", description=_CHECKPOINT)
+    checkpoint.add_argument("config", type=path, metavar="CONFIG", help="TOML file; gives model, grid and run.dir")
+    checkpoint.add_argument("--rounds", type=int, default=5, metavar="N", help="rounds that count (default 5)")
+    _add_overrides(checkpoint)
+    _add_json(checkpoint)
+    checkpoint.set_defaults(run=run_checkpoint)
 
 
 def _sizes(text: str) -> tuple[int, ...]:
@@ -226,6 +240,31 @@ def run_p2p(args: argparse.Namespace) -> int:
     from hpcpipe.train.bench_p2p import SIZES, bench_p2p
 
     return _tell(bench_p2p(args.sizes or SIZES, args.config, args.overrides), args.json, print_p2p)
+
+
+def run_checkpoint(args: argparse.Namespace) -> int:
+    """Carry out ``hpcpipe bench checkpoint``; every rank runs this.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        ``config``, ``overrides``, ``rounds``, ``json``.
+
+    Returns
+    -------
+    int
+        Exit code 0, or that of an error which all ranks met.
+
+    Raises
+    ------
+    UsageError
+        There are no rounds, or no ``dd``.
+    """
+    _limit_threads()
+    from hpcpipe.cli.bench_tables import print_checkpoint
+    from hpcpipe.train.bench_checkpoint import bench_checkpoint
+
+    return _tell(bench_checkpoint(args.config, args.overrides, args.rounds), args.json, print_checkpoint)
 
 
 def _limit_threads() -> None:

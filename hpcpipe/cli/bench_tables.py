@@ -105,6 +105,30 @@ def print_p2p(report: Mapping[str, Any]) -> None:
     _print(table)
 
 
+def print_checkpoint(report: Mapping[str, Any]) -> None:
+    """Print a row per way of moving the bytes."""
+    ranks = report["ranks"]
+    print(
+        f"checkpoints of {report['bytes'] / 1e6:,.1f} MB from {ranks} rank{'' if ranks == 1 else 's'} in"
+        f" {report['directory']}, median of {report['rounds']} rounds\n"
+        f"training waits {_milliseconds(report['blocked_s'])} ms for each"
+        f" ({_milliseconds(report['blocked_p10_s'])}-{_milliseconds(report['blocked_p90_s'])} ms)\n"
+    )
+    table = _table("", "ms", "10-90 %", "MB/s", "of dd")
+    for label, key, ratio in (
+        ("written and committed", "write", "write_of_dd"),
+        ("dd, with fsync", "dd_write", ""),
+        ("read back and verified", "read_back", ""),
+        ("restored and verified", "restore", "restore_of_dd"),
+        ("dd to /dev/null", "dd_read", ""),
+    ):
+        row = report[key]
+        spread = f"{_milliseconds(row['p10_s'])}-{_milliseconds(row['p90_s'])}"
+        part = f"{report[ratio]:.0%}" if ratio else ""
+        table.add_row(label, _milliseconds(row["s"]), spread, f"{row['bytes_per_s'] / 1e6:,.0f}", part)
+    _print(table)
+
+
 def _microseconds(seconds: float) -> str:
     return f"{1e6 * seconds:,.1f}" if seconds < 1e-4 else f"{1e6 * seconds:,.0f}"
 

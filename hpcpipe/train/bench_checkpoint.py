@@ -41,9 +41,9 @@ _MEASURES = ("write", "dd_write", "read_back", "restore", "dd_read")
 def bench_checkpoint(config_path: Path, overrides: Sequence[str], num_rounds: int) -> BenchResult:
     """Write and restore checkpoints of a model as a run does, in turn with ``dd``, on all ranks together.
 
-    In each round: a checkpoint is taken and committed; every rank's ``dd`` writes the same bytes from the same memory
-    and syncs them; the files are dropped from the page cache and read back; dropped again and restored; dropped
-    again and read by ``dd``. All is below ``run.dir``, and gone at the end.
+    In each round: a checkpoint is taken and committed; dropped from the page cache and read back; every rank's ``dd``
+    writes the same bytes from the same memory and syncs them; the checkpoint is dropped from the cache and restored;
+    dropped again and read by ``dd``. All is below ``run.dir``, and gone at the end.
 
     Parameters
     ----------
@@ -57,11 +57,10 @@ def bench_checkpoint(config_path: Path, overrides: Sequence[str], num_rounds: in
     Returns
     -------
     BenchResult
-        Its report has ``benchmark ranks directory bytes rounds``; ``blocked_s`` and ``blocked_p10_s``,
-        ``blocked_p90_s``: what training would wait for a checkpoint on the slowest rank; for ``write`` (from the snapshot
-        to the committed checkpoint), ``dd_write``, ``read_back``, ``restore`` and ``dd_read`` a dict of ``s``, ``p10_s``,
-        ``p90_s`` and ``bytes_per_s`` of all ranks together; ``write_of_dd`` and ``restore_of_dd``, the median over
-        rounds of the ratio of rates.
+        Its report has ``benchmark ranks directory bytes rounds``; ``blocked_s blocked_p10_s blocked_p90_s``: what
+        training would wait for a checkpoint on the slowest rank; for ``write`` (from the snapshot to the committed
+        checkpoint), ``read_back``, ``dd_write``, ``restore`` and ``dd_read`` a dict of ``s p10_s p90_s bytes_per_s``,
+        all ranks together; ``write_of_dd`` and ``restore_of_dd``, the median over rounds of the ratio of rates.
 
     Raises
     ------
@@ -136,13 +135,13 @@ class _Bench:
             checkpoints_s + self._time(lambda: checkpoints.finish({}, save=True, read_back=False))
         )
         num_bytes = own.stat().st_size if own.exists() else 0
+        rounds.seconds["read_back"].append(self._time(lambda: checkpoints.finish({}, save=False, read_back=True)))
         source = f"/proc/self/fd/{self._writer.block.handle}"
         handles = (self._writer.block.handle,)
         rounds.seconds["dd_write"].append(
             self._time(lambda: _dd([f"if={source}", f"of={copy}", "conv=fsync"], num_bytes, handles))
         )
         copy.unlink(missing_ok=True)
-        rounds.seconds["read_back"].append(self._time(lambda: checkpoints.finish({}, save=False, read_back=True)))
         rounds.seconds["restore"].append(self._from_disk(own, lambda: self._restore(path)))
         rounds.seconds["dd_read"].append(self._from_disk(own, lambda: _dd([f"if={own}", "of=/dev/null"], num_bytes)))
         barrier(self._comm, self._waiter)

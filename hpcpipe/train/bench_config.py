@@ -11,6 +11,14 @@ from hpcpipe.config.load import load
 from hpcpipe.config.schema import Config
 from hpcpipe.data.reader import TokenFile
 from hpcpipe.data.tokenizer import ByteTokenizer
+from hpcpipe.kernels.threads import Team
+from hpcpipe.mpi.grid import make_grid
+from hpcpipe.mpi.runtime import World
+from hpcpipe.telemetry.console import Console
+from hpcpipe.telemetry.events import EventLog
+from hpcpipe.train.directory import RunDirectory
+from hpcpipe.train.session import Session
+from hpcpipe.train.setup import Setup
 
 
 def load_for_any_grid(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -44,6 +52,37 @@ def with_vocabulary(config: Config) -> Config:
         return config
     vocab = TokenFile(Path(config.data.file)).vocab if config.data.file else ByteTokenizer().vocab
     return replace(config, model=replace(config.model, vocab=vocab))
+
+
+def quiet_session(world: World, setup: Setup, team: Team, directory: RunDirectory) -> Session:
+    """Return a session that says nothing and keeps no events.
+
+    Parameters
+    ----------
+    world : World
+        All ranks call it.
+    setup : Setup
+        What they have agreed on.
+    team : Team
+        This rank's threads.
+    directory : RunDirectory
+        Where it would keep files.
+    """
+    parallel = setup.config.parallel
+    return Session(
+        setup.config,
+        setup.schedule,
+        directory,
+        make_grid(world.comm, parallel.pipeline, parallel.data),
+        world.num_local_ranks,
+        world.num_local_cores,
+        setup.binding,
+        team,
+        setup.waiter,
+        setup.mode,
+        Console("quiet"),
+        EventLog(None),
+    )
 
 
 class RandomSamples:

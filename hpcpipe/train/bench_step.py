@@ -12,20 +12,16 @@ from hpcpipe.model.gpt2 import training_flops_per_sample
 from hpcpipe.mpi import runtime
 from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.collectives import barrier, gather_bytes
-from hpcpipe.mpi.grid import make_grid
 from hpcpipe.mpi.runtime import World
-from hpcpipe.telemetry.console import Console
-from hpcpipe.telemetry.events import EventLog
 from hpcpipe.train.action_clock import ActionClock
 from hpcpipe.train.batches import TrainingBatches
-from hpcpipe.train.bench_config import RandomSamples, with_vocabulary
+from hpcpipe.train.bench_config import RandomSamples, quiet_session, with_vocabulary
 from hpcpipe.train.bench_gemm import unit_of
 from hpcpipe.train.bench_result import BenchResult
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.leave import leaving_together
 from hpcpipe.train.peak import measure_bandwidth, measure_peak_flops
 from hpcpipe.train.plan import make_plan
-from hpcpipe.train.session import Session
 from hpcpipe.train.setup import Setup, agree_on_setup, compile_kernels, require_own_memory
 from hpcpipe.train.state import State, build_state
 from hpcpipe.train.step import Trainer
@@ -96,20 +92,7 @@ class _Bench:
         self._observer = Observer()
         config, binding = setup.config, setup.binding
         self._team = ObservedTeam(self._observer, config.parallel.threads, binding.own_cores(world.local_rank))
-        self._session = Session(
-            config,
-            setup.schedule,
-            RunDirectory.of(config.run),
-            make_grid(world.comm, config.parallel.pipeline, config.parallel.data),
-            world.num_local_ranks,
-            world.num_local_cores,
-            binding,
-            self._team,
-            setup.waiter,
-            setup.mode,
-            Console("quiet"),
-            EventLog(None),
-        )
+        self._session = quiet_session(world, setup, self._team, RunDirectory.of(config.run))
 
     def run(self, num_steps: int, say: Callable[[str], None] | None) -> dict[str, Any]:
         """Measure, and return the report."""

@@ -72,8 +72,8 @@ class Checkpoints:
         This rank's; closed by its owner.
     data : dict
         Identifies the token file and its tokenizer in the header.
-    lock : dict
-        Path and token of the run's lock, which whoever commits must still hold.
+    lock : dict or None
+        ``path`` and ``fence`` of the run's lock, which whoever commits must still hold; None where there is none.
     cadence : Cadence
         Says when one is due; rank 0's counts.
 
@@ -93,7 +93,7 @@ class Checkpoints:
         state: State,
         writer: WriterMemory,
         data: dict[str, str],
-        lock: dict[str, str],
+        lock: dict[str, str] | None,
         cadence: Cadence,
     ) -> None:
         self.step = state.step
@@ -121,6 +121,7 @@ class Checkpoints:
         self._writing_step = 0
         self._header: dict[str, Any] = {}
         self._costs = Costs()
+        self._fence = {"fence": lock["fence"]} if lock else {}
 
     @property
     def answer(self) -> Answer:
@@ -185,7 +186,7 @@ class Checkpoints:
         with _Timed(self._add_blocked):
             self._snapshot.take(piece_arrays(self._state))
             if session.is_root:
-                self._header = header_of(self._state, session.grid, self._data, {**facts, "fence": self._lock["fence"]})
+                self._header = header_of(self._state, session.grid, self._data, {**facts, **self._fence})
             self._enter(Phase.WRITE, Answer.NONE if self._has_pieces else Answer.DONE)
             if self._has_pieces:
                 self._process.send({"do": "write", "step": step, "partial": str(self._partial)})

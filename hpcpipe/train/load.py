@@ -1,9 +1,10 @@
 """Filling a state from a checkpoint, whatever grid wrote it."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hpcpipe.checkpoint.compare import compare
-from hpcpipe.checkpoint.read import Reader
+from hpcpipe.checkpoint.read import Reader, Wanted
 from hpcpipe.checkpoint.table import Manifest
 from hpcpipe.config.dump import to_dict
 from hpcpipe.config.schema import Config
@@ -47,24 +48,28 @@ def load_state(state: State, path: Path, manifest: Manifest) -> None:
     """
     originals = {tensor.name: tensor.tied_to for layer in state.model for tensor in layer.tensors if tensor.tied_to}
     with Reader(path, manifest) as reader:
-        _read_weights(reader, state)
-        for stage in state.stages.values():
-            for held in stage.stored_slices():
-                for moment, arena in stage.moments.items():
-                    name, array = originals.get(held.name, held.name), arena.arrays[held.name]
-                    reader.read(name, moment, array, held.start, held.stop)
+        reader.read_all([*_weights(state), *_moments(state, originals)])
+    state.pack()
     state.step = manifest.step
 
 
 def load_weights(state: State, path: Path, manifest: Manifest) -> None:
     """Read only the weights; otherwise as `load_state`."""
     with Reader(path, manifest) as reader:
-        _read_weights(reader, state)
+        reader.read_all(_weights(state))
+    state.pack()
     state.step = manifest.step
 
 
-def _read_weights(reader: Reader, state: State) -> None:
+def _weights(state: State) -> Iterator[Wanted]:
     for stage in state.stages.values():
         for tensor in stage.parameters.layout.stored:
-            reader.read(tensor.tied_to or tensor.name, WEIGHT, stage.parameters.weights.arrays[tensor.name])
-    state.pack()
+            yield Wanted(tensor.tied_to or tensor.name, WEIGHT, stage.parameters.weights.arrays[tensor.name])
+
+
+def _moments(state: State, originals: Mapping[str, str]) -> Iterator[Wanted]:
+    for stage in state.stages.values():
+        for held in stage.stored_slices():
+            for moment, arena in stage.moments.items():
+                name = originals.get(held.name, held.name)
+                yield Wanted(name, moment, arena.arrays[held.name], held.start, held.stop)

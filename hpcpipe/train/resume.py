@@ -29,9 +29,7 @@ def drop_later_metrics(session: Session, step: int) -> None:
             session.metrics.keep_until(step)
 
 
-def resume_state(
-    session: Session, state: State, found: Checkpoint | None, tokens: TokenFile, resume: str
-) -> None:
+def resume_state(session: Session, state: State, found: Checkpoint | None, tokens: TokenFile, resume: str) -> None:
     """Fill the state as `restore` does, say from what, and drop the metrics of steps that will be run again.
 
     Where the checkpoint turns out to be damaged, the next older one is taken.

@@ -85,4 +85,3 @@ def _versions() -> dict[str, str]:
         **{name: version(name) for name in ("numpy", "scipy", "numba", "h5py", "mpi4py")},
         "mpi": library_version(),
     }
-
