@@ -85,3 +85,7 @@ class Desk:
     def explain(self, job: int | str) -> str:
         """Say what became of a job."""
         return f"\n--- job {job}\n{self.output(job)[-6000:]}\n{self.cluster.explain()[-4000:]}"
+
+    def explain_all(self) -> str:
+        """Say what became of all jobs of the test."""
+        return "".join(self.explain(path.stem) for path in sorted(self.root.glob("*.out")))
