@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,9 +74,7 @@ def run(args: argparse.Namespace) -> int:
     ------
     UsageError
         Not a verb for ranks, no ranks, a wrong configuration, or no ``mpirun``.
-    InUseError
-        Another run is known to be running in the run directory.
-    RankError, StoppedError
+    InUseError, DiskError, RankError, StoppedError
         See `launch`.
     """
     if args.num_ranks < 1:
@@ -88,11 +86,6 @@ def run(args: argparse.Namespace) -> int:
     if {"-h", "--help"} & set(args.arguments):
         return os.spawnv(os.P_WAIT, program[0], program)
     directory = check_start(args.program, args.arguments, args.num_ranks)
-    if directory is not None:
-        from hpcpipe.train.directory import RunDirectory
-        from hpcpipe.train.lock import require_free
-
-        require_free(RunDirectory(directory).lock)
     return launch(program, args.num_ranks, directory, args.mpirun_args)
 
 
@@ -123,6 +116,10 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
     ------
     UsageError
         There is no ``mpirun``, or it refused its options.
+    InUseError
+        Another run is in the directory; no rank was started.
+    DiskError
+        The directory could not be made or locked.
     RankError
         The ranks ended without saying why.
     StoppedError
@@ -142,7 +139,7 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
             return Progress.NOT_STARTED
         return Progress.RUNNING if status.exit_code is None else Progress.FINAL
 
-    with launcher.session_folder(environ):
+    with launcher.session_folder(environ), _locked(directory, environ):
         outcome = supervise(command, environ, progress)
     if directory is None and outcome.code == 0 and not outcome.failures:
         return int(ExitCode.DONE)
@@ -251,6 +248,29 @@ def _end_status(directory: Path | None, launch_id: str, error: HpcpipeError) -> 
         end_status(
             directory, launch_id, error.exit_code, str(error), error.by if isinstance(error, StoppedError) else ""
         )
+
+
+@contextlib.contextmanager
+def _locked(directory: Path | None, environ: Mapping[str, str]) -> Iterator[None]:
+    """Hold the run directory until rank 0 of this launch takes its lock, or the block ends."""
+    from hpcpipe.cluster.holder import this_process
+    from hpcpipe.train.directory import RunDirectory, open_directory
+    from hpcpipe.train.lock import RunLock
+
+    if directory is None:
+        yield
+        return
+    files = RunDirectory(directory)
+    lock = RunLock(files.lock, this_process(environ), _say)
+    open_directory(files, lock, _say)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 def _terminal() -> tuple[int, int] | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hpcpipe.cluster import slurm
+from hpcpipe.cluster.environment import LAUNCH_ID
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Holder:
         Slurm's name of the cluster; empty outside Slurm.
     job, restart_count : int
         Slurm's number of the job, 0 outside Slurm, and how often it was requeued.
+    launch_id : str
+        The start by ``hpcpipe launch`` that the process belongs to; empty without it.
     started : str
         When the lock was taken, for people.
     fence : str
@@ -45,6 +48,7 @@ class Holder:
     cluster: str = ""
     job: int = 0
     restart_count: int = 0
+    launch_id: str = ""
     started: str = ""
     fence: str = ""
 
@@ -71,8 +75,10 @@ class Holder:
             return None
         return cls(**known)
 
-    def is_process_of(self, other: "Holder") -> bool:
-        """Tell whether two descriptions are of one process."""
+    def is_of_same_run(self, other: "Holder") -> bool:
+        """Tell whether two descriptions are of one process, or of a launcher and a rank that it started."""
+        if self.launch_id:
+            return self.launch_id == other.launch_id
         names = ("boot_id", "pid_namespace", "pid", "process_start")
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
@@ -83,7 +89,7 @@ def this_process(environ: Mapping[str, str] = os.environ) -> Holder:
     Parameters
     ----------
     environ : mapping
-        Where Slurm's facts are read from.
+        Where Slurm's facts and the name of the launch are read from.
     """
     allocation = slurm.allocation(environ)
     return Holder(
@@ -95,6 +101,7 @@ def this_process(environ: Mapping[str, str] = os.environ) -> Holder:
         cluster=slurm.cluster_name(environ),
         job=allocation.job_id if allocation else 0,
         restart_count=allocation.restart_count if allocation else 0,
+        launch_id=environ.get(LAUNCH_ID, ""),
         started=time.strftime("%Y-%m-%d %H:%M:%S"),
         fence=os.urandom(16).hex(),
     )

@@ -20,6 +20,7 @@ _RENEW_S = 1.0
 _WATCH_S = 3.0
 _POLL_S = 0.1
 _SURE_S = 2.0
+_PATIENCE_S = 1.0
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
@@ -29,6 +30,9 @@ class RunLock:
     The holder renews the file's time of change every second. Whoever finds a lock takes it over if its holder is known
     to be gone, see `hpcpipe.cluster.holder.is_known_alive`; where that cannot be known it watches the file for three
     seconds, and takes it over if nobody has renewed it. Clocks of different machines are never compared.
+
+    `hpcpipe launch` takes the lock before it starts ranks, so that a second run is refused before it costs anything;
+    rank 0 of the same launch then takes it from there.
 
     A holder that was only held up, such as a suspended process, finds another fence in the file: from then on it must
     not write any more, see `check`.
@@ -126,39 +130,13 @@ class RunLock:
                 os.utime(self._path)
 
 
-def require_free(path: Path, patience_s: float = 1.0) -> None:
-    """Refuse at once a directory whose holder is known to be there, before any rank is started.
-
-    Parameters
-    ----------
-    path : Path
-        The lock file.
-    patience_s : float
-        How long to wait for a holder that may be just about to end.
-
-    Raises
-    ------
-    InUseError
-        If another run holds the lock; who cannot be known to be there is left to `RunLock`.
-    """
-    me, deadline = this_process(), time.monotonic() + patience_s
-    with contextlib.suppress(OSError):
-        while (content := _read(path)) is not None:
-            holder = Holder.from_bytes(content) or Holder()
-            if not is_known_alive(holder, me, 0.0):
-                return
-            if time.monotonic() > deadline:
-                raise _in_use(path, holder)
-            time.sleep(_POLL_S)
-
-
 def is_held_by_another(path: Path) -> bool:
     """Return whether a lock file's holder is alive and not this process, or the file may not be read."""
     me = this_process()
     try:
         while (content := _read(path)) is not None:
             holder = Holder.from_bytes(content) or Holder()
-            if holder.is_process_of(me):
+            if holder.is_of_same_run(me):
                 return False
             verdict = _is_alive(path, content, me)
             if verdict is not None:
@@ -171,6 +149,7 @@ def is_held_by_another(path: Path) -> bool:
 def _take(path: Path, me: Holder, say: Callable[[str], None]) -> str:
     """Make the file, if need be in place of a dead run's, and return who held that."""
     before = None
+    patient_until = time.monotonic() + _PATIENCE_S
     while True:
         content = _read(path)
         if content is None:
@@ -178,20 +157,21 @@ def _take(path: Path, me: Holder, say: Callable[[str], None]) -> str:
                 return ""
             continue
         holder = Holder.from_bytes(content) or Holder()
+        if me.launch_id and holder.launch_id == me.launch_id and _replace(path, content, me, me.to_bytes()):
+            return ""
         # Who took the lock while this process watched it was there a moment ago.
         verdict = _is_alive(path, content, me, say) if before in (None, content) else True
         before = content
-        if verdict:
-            raise _in_use(path, holder)
+        # Who is just being killed is gone in a moment.
+        if verdict and time.monotonic() < patient_until:
+            time.sleep(_POLL_S)
+        elif verdict:
+            raise InUseError(
+                f"{path.parent} is in use by {holder}, started {holder.started}: wait for it, stop it, or choose"
+                " another run.name"
+            )
         if verdict is False and _replace(path, content, me, me.to_bytes()):
             return str(holder)
-
-
-def _in_use(path: Path, holder: Holder) -> InUseError:
-    return InUseError(
-        f"{path.parent} is in use by {holder}, started {holder.started}: wait for it, stop it, or choose another"
-        " run.name"
-    )
 
 
 def _is_alive(path: Path, content: bytes, me: Holder, say: Callable[[str], None] | None = None) -> bool | None:

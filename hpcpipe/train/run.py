@@ -13,11 +13,10 @@ from hpcpipe.config.check import check_data
 from hpcpipe.config.dump import to_toml
 from hpcpipe.config.interval import parse_interval
 from hpcpipe.config.load import run_directory
-from hpcpipe.config.schema import Config
 from hpcpipe.data.prepare import default_path, ensure_prepared
 from hpcpipe.data.reader import TokenFile
 from hpcpipe.data.windows import HeldOut, Samples
-from hpcpipe.errors import DiskError, ExitCode, UsageError
+from hpcpipe.errors import ExitCode, UsageError
 from hpcpipe.kernels import warm
 from hpcpipe.kernels.threads import Team
 from hpcpipe.memory.block import huge_pages
@@ -34,7 +33,7 @@ from hpcpipe.telemetry.status import read_status
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.cadence import Cadence, estimate_mtbf_s
 from hpcpipe.train.checkpoints import Checkpoints, WriterMemory
-from hpcpipe.train.directory import RunDirectory
+from hpcpipe.train.directory import RunDirectory, open_directory
 from hpcpipe.train.evaluate import Evaluator
 from hpcpipe.train.finish import show_compression, show_sample
 from hpcpipe.train.footprint import describe_allocated, describe_predicted
@@ -83,9 +82,7 @@ def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
     return outcome.code or code
 
 
-def _train(
-    world: World, config_path: Path, overrides: Sequence[str], resume: str, writer: WriterMemory
-) -> ExitCode:
+def _train(world: World, config_path: Path, overrides: Sequence[str], resume: str, writer: WriterMemory) -> ExitCode:
     stop = StopRequest()
     setup = agree_on_setup(world, config_path, overrides)
     config, waiter, binding = setup.config, setup.waiter, setup.binding
@@ -95,7 +92,10 @@ def _train(
     events = EventLog(directory.events if world.rank == 0 else None, lock.check)
     with together(world.comm, waiter):
         if world.rank == 0:
-            _open(directory, lock, config, console, events)
+            open_directory(directory, lock, console.say)
+            # A run that has checkpoints keeps the configuration that it was trained with until it goes on.
+            if not candidates(directory.checkpoints):
+                write_whole(directory.config, to_toml(config))
     team = Team(config.parallel.threads, binding.own_cores(world.local_rank))
     try:
         grid = make_grid(world.comm, config.parallel.pipeline, config.parallel.data)
@@ -123,25 +123,6 @@ def _train(
         team.close()
         if world.rank == 0:
             lock.release()
-
-
-def _open(directory: RunDirectory, lock: RunLock, config: Config, console: Console, events: EventLog) -> None:
-    """Make and lock the run directory, and write the resolved configuration to it.
-
-    A run that has checkpoints keeps the configuration that it was trained with until it goes on.
-    """
-    try:
-        directory.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DiskError(
-            f"run.dir = {config.run.dir}: {directory.path} could not be made ({error.strerror}): choose another run.dir"
-        ) from error
-    taken_from = lock.acquire()
-    if taken_from:
-        console.say(f"lock taken over: {taken_from} held the run directory, and is gone")
-        events.add("lock taken over", holder=taken_from)
-    if not candidates(directory.checkpoints):
-        write_whole(directory.config, to_toml(config))
 
 
 def _watch(session: Session, stop: StopRequest) -> None:

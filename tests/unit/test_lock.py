@@ -14,12 +14,13 @@ from dataclasses import asdict, replace
 import pytest
 
 from hpcpipe.cluster import holder as holder_module
+from hpcpipe.cluster.environment import LAUNCH_ID
 from hpcpipe.cluster.holder import Holder, fence_of, is_known_alive, process_start, this_process
 from hpcpipe.errors import DiskError, InUseError
 from hpcpipe.train import lock as lock_module
-from hpcpipe.train.lock import RunLock, is_held_by_another, require_free
+from hpcpipe.train.lock import RunLock, is_held_by_another
 
-ELSEWHERE = Holder("elsewhere", "another boot", "pid:[1]", 1, "0", "", 0, 0, "then", "a fence")
+ELSEWHERE = Holder("elsewhere", "another boot", "pid:[1]", 1, "0", started="then", fence="a fence")
 
 
 def hold(path, holder=None, **changes):
@@ -198,24 +199,35 @@ def test_a_full_disk_leaves_no_lock(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_start_is_refused_before_ranks_are_started(tmp_path):
+def test_rank_0_takes_the_lock_from_its_launcher(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock_module, "_RENEW_S", 0.05)
+    monkeypatch.setattr(lock_module, "_PATIENCE_S", 0.1)
     path = tmp_path / "lock.json"
-    require_free(path)
-    lock = RunLock(path)
-    lock.acquire()
-    with pytest.raises(InUseError, match=f"is in use by process {os.getpid()}"):
-        require_free(path, patience_s=0.2)
-    threading.Timer(0.3, lock.release).start()
-    require_free(path, patience_s=5.0)
-    # These are for the ranks to judge.
-    for holder in (replace(this_process(), process_start="0"), ELSEWHERE):
-        hold(path, holder)
-        began = time.monotonic()
-        require_free(path)
-        assert time.monotonic() - began < 0.5
-    path.unlink()
-    path.mkdir()
-    require_free(path)
+    of_launch, of_another = {LAUNCH_ID: "abc"}, {LAUNCH_ID: "xyz"}
+    launcher = RunLock(path, this_process(of_launch))
+    assert launcher.acquire() == ""
+    with pytest.raises(InUseError):
+        RunLock(path, this_process(of_another)).acquire()
+    rank = RunLock(path, replace(this_process(of_launch), host="n2", boot_id="another"))
+    assert rank.acquire() == ""
+    time.sleep(0.2)
+    launcher.release()
+    assert fence_of(path) == rank.fence
+    assert rank.is_ours()
+    monkeypatch.setenv(LAUNCH_ID, "abc")
+    assert not is_held_by_another(path)
+    rank.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_holder_that_is_about_to_end_is_waited_for(tmp_path):
+    path = tmp_path / "lock.json"
+    first, second = RunLock(path), RunLock(path)
+    first.acquire()
+    threading.Timer(0.3, first.release).start()
+    second.acquire()
+    assert fence_of(path) == second.fence
+    second.release()
 
 
 def test_what_is_known_of_a_holder_at_once(monkeypatch):
