@@ -1,13 +1,13 @@
 """Text from a checkpoint, in one process."""
 
 from pathlib import Path
-from typing import Any
 
 from hpcpipe.checkpoint.layout import locate
 from hpcpipe.checkpoint.manifest import load_manifest
+from hpcpipe.checkpoint.table import Manifest
 from hpcpipe.checkpoint.verify import verify
 from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig
-from hpcpipe.data.tokenizer import tokenizer_named
+from hpcpipe.data.tokenizer import ByteTokenizer, tokenizer_named
 from hpcpipe.errors import DamagedError
 from hpcpipe.pipeline.transport import NoTransport
 from hpcpipe.schedule.build import build_forward
@@ -41,11 +41,23 @@ def sample(path: Path, prompt: str, num_tokens: int, temperature: float, seed: i
     if sound is None:
         raise DamagedError(f"{path} holds no checkpoint that verifies: `hpcpipe checkpoint verify {path}` says why")
     manifest = load_manifest(sound)
-    header: dict[str, Any] = manifest.header
-    model = ModelConfig(**header["model"])
+    model, tokenizer = _read_header(sound, manifest)
     state = build_state(Config(model=model, parallel=ParallelConfig(pipeline=1)), (0,), 0)
     load_weights(state, sound, manifest)
-    tokenizer = tokenizer_named(header["data"]["tokenizer"])
     generator = Generator(state, build_forward(state.placement, 1), 0, NoTransport(), lambda token: token)
     tokens = [int(token) for token in tokenizer.encode(prompt)]
     return prompt + tokenizer.decode(generator.run(tokens, num_tokens, temperature, seed, end=tokenizer.separator))
+
+
+def _read_header(path: Path, manifest: Manifest) -> tuple[ModelConfig, ByteTokenizer]:
+    """Return what to sample with; of a checkpoint from anybody, so that nothing is allocated that it does not hold."""
+    try:
+        model = ModelConfig(**manifest.header["model"])
+        sizes = (model.layers, model.width, model.heads, model.context, model.vocab)
+        if any(isinstance(size, bool) or size <= 0 for size in sizes):
+            raise ValueError(f"sizes {sizes}")
+        if (12 * model.layers * model.width + model.vocab + model.context) * model.width > manifest.num_parameters:
+            raise ValueError(f"a model of sizes {sizes} has more than its {manifest.num_parameters} parameters")
+        return model, tokenizer_named(manifest.header["data"]["tokenizer"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{path}: its header says of no model that can be sampled: {error!r:.200}") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from support import fresh
 from support.checkpoints import make_checkpoint
 from support.watch import audited, opened_below
 
@@ -326,3 +327,73 @@ def test_a_manifest_too_large_to_be_one_is_refused_unread(path, monkeypatch):
 def test_a_header_may_be_as_deep_as_a_configuration(path):
     rewrite(path, lambda document: document["header"].update(config=nest(20)))
     assert verify(path) == []
+
+
+def nodes(value, path=()):
+    """List the places of a document."""
+    yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in children:
+        yield from nodes(child, (*path, key))
+
+
+VALUES = [None, True, -1, 0, 1, 2**63, 1.5, "", "x", "\x1b[2J", [], [[]], [["a", 1]], {}, {"a": []}, "0" * 64, 2**62]
+
+
+def test_whatever_stands_anywhere_in_a_manifest_is_refused_or_harmless(path, capsys):
+    text = (path / "manifest.json").read_bytes()
+    places = [place for place in nodes(json.loads(text)) if place and place[0] != "blake3"]
+    parser = argparse.ArgumentParser()
+    checkpoint.add_parser(parser.add_subparsers())
+    refused = 0
+    for _ in range(250):
+        (path / "manifest.json").write_bytes(text)
+        place = places[fresh.RANDOM.integers(len(places))]
+        value = VALUES[fresh.RANDOM.integers(len(VALUES))]
+
+        def put(document, place=place, value=value):
+            for key in place[:-1]:
+                document = document[key]
+            document[place[-1]] = value
+
+        rewrite(path, put)
+        try:
+            load(path)
+        except DamagedError:
+            refused += 1
+        verify(path)
+        retain(path.parent, path, keep=9, keep_best=True)
+        for words in (["show", "--tensors", path], ["diff", path, path.parent / "step-00000100"]):
+            args = parser.parse_args(["checkpoint", *map(str, words)])
+            try:
+                args.run(args)
+            except DamagedError as error:
+                assert len(str(error)) < 1000, (place, value)
+    assert refused > 180
+    shown = capsys.readouterr().out
+    assert all(letter.isprintable() or letter == "\n" for letter in shown)
+
+
+GPT2 = {"kind": "gpt2", "layers": 1, "width": 4, "heads": 2, "context": 4, "vocab": 257, "tied": True}
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({}, "sizes"),
+        ({"model": None}, "TypeError"),
+        ({"model": {**GPT2, "width": 2**40}}, "has more than its 257 parameters"),
+        ({"model": {**GPT2, "layers": 2**60}}, "has more than its"),
+        ({"model": {**GPT2, "width": "4"}}, "TypeError"),
+        ({"model": {**GPT2, "layers": -1}}, "sizes"),
+        ({"model": {**GPT2, "vocab": 1, "width": 1}}, "tokenizer"),
+        ({"model": {**GPT2, "vocab": 1, "width": 1}, "data": {"tokenizer": "../x"}}, "x"),
+        ({"model": {**GPT2, "unknown": 1}}, "unknown"),
+    ],
+)
+def test_a_header_of_no_model_is_not_sampled(path, header, words):
+    from hpcpipe.train.sample import sample
+
+    rewrite(path, lambda document: document["header"].update(header))
+    with pytest.raises(HpcpipeError, match=words):
+        sample(path, "a", 1, 0.0, 1)
