@@ -21,7 +21,7 @@ def check_model(config: Config, path: Path, manifest: Manifest) -> None:
         With every difference.
     """
     model = to_dict(config)["model"]
-    differences = compare({"model": manifest.header["model"]}, {"model": model})
+    differences = compare({"model": manifest.header.get("model")}, {"model": model})
     if differences:
         raise UsageError(
             f"{path} holds another model: {'; '.join(differences)}. Set [model] as in the checkpoint, or train the new"

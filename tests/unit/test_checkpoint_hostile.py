@@ -24,7 +24,7 @@ from hpcpipe.checkpoint.read import Reader
 from hpcpipe.checkpoint.retain import retain
 from hpcpipe.checkpoint.verify import verify
 from hpcpipe.cli import checkpoint
-from hpcpipe.errors import DamagedError, HpcpipeError
+from hpcpipe.errors import DamagedError, HpcpipeError, UsageError
 
 QKV = "layers/003/attention/qkv/weight"
 
@@ -397,3 +397,12 @@ def test_a_header_of_no_model_is_not_sampled(path, header, words):
     rewrite(path, lambda document: document["header"].update(header))
     with pytest.raises(HpcpipeError, match=words):
         sample(path, "a", 1, 0.0, 1)
+
+
+def test_a_checkpoint_of_no_model_is_of_another_model(path):
+    from hpcpipe.config.schema import Config
+    from hpcpipe.train.load import check_model
+
+    rewrite(path, lambda document: document["header"].pop("model"))
+    with pytest.raises(UsageError, match=r"holds another model: model: checkpoint null, config \{"):
+        check_model(Config(), path, load_manifest(path))
