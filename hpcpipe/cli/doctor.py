@@ -6,19 +6,22 @@ import json
 import platform
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hpcpipe
 from hpcpipe.errors import ExitCode, UsageError
 
+if TYPE_CHECKING:
+    from hpcpipe.cluster.slurm import Allocation
+
 _PACKAGES = ("numpy", "scipy", "numba", "h5py", "mpi4py")
-_SELFTEST_LIMIT_S = 20.0
 _RECOVERY = (
     "not part of this version: when a rank fails, the run ends with exit code 71, "
     "and the same command goes on from the newest checkpoint"
 )
 _DESCRIPTION = """\
-Show what this machine has for training, and try whether two ranks can talk.
+Show what this machine has for training, and try whether two ranks can talk. In a Slurm job, try every launcher over all
+nodes, and show where it binds ranks.
 
 Exit code 0 when training can work, 64 when something has to be put right first."""
 
@@ -55,7 +58,8 @@ def examine() -> dict[str, Any]:
     -------
     dict
         ``mpi cores cpu features memory_bytes slurm recovery versions kernels problems``, ready for JSON. ``mpi`` has
-        ``library version mpirun works``, and ``threads cores``: of each of two ranks, and where they are bound.
+        ``library version mpirun works``, and ``threads cores``: of each of two ranks, and where they are bound. In a
+        Slurm job its ``launchers`` say what works over all nodes, see `hpcpipe.cli.doctor_launch.in_allocation`.
         ``kernels`` has ``family precision description compiled``, those that ``train.precision = "auto"`` chooses.
     """
     from hpcpipe.cluster import processor, slurm
@@ -65,7 +69,7 @@ def examine() -> dict[str, Any]:
     problems: list[str] = []
     allocation = slurm.allocation()
     return {
-        "mpi": _mpi(problems),
+        "mpi": _mpi(problems, allocation),
         "cores": processor.num_cores(),
         "cpu": processor.model_name(),
         "features": list(processor.features()),
@@ -91,6 +95,8 @@ def as_text(report: dict[str, Any]) -> str:
     str
         Aligned lines; problems come last.
     """
+    from hpcpipe.cli.doctor_launch import describe
+
     mpi, memory, slurm = report["mpi"], report["memory_bytes"], report["slurm"]
     rows = {
         "hpcpipe": report["versions"]["hpcpipe"],
@@ -103,6 +109,7 @@ def as_text(report: dict[str, Any]) -> str:
         "Slurm": "not in an allocation"
         if slurm is None
         else f"job {slurm['job_id']} on {slurm['num_nodes']} nodes ({slurm['node_list']})",
+        **{f"by {attempt['name'].partition(' ')[0]}": describe(attempt) for attempt in mpi.get("launchers", ())},
         **_describe_kernels(report["kernels"]),
         "recovery": report["recovery"],
         "versions": ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v and k != "hpcpipe"),
@@ -113,19 +120,26 @@ def as_text(report: dict[str, Any]) -> str:
     return "\n".join([*lines, "", "Problems:", *(f"- {problem}" for problem in report["problems"])])
 
 
-def _mpi(problems: list[str]) -> dict[str, Any]:
-    """Find mpirun and let two ranks talk."""
+def _mpi(problems: list[str], allocation: "Allocation | None") -> dict[str, Any]:
+    """Find mpirun and let two ranks talk; in an allocation, ranks on all of its nodes."""
+    from hpcpipe.cli.doctor_launch import in_allocation, two_ranks
     from hpcpipe.cluster import launcher
 
     facts: dict[str, Any] = {"library": None, "version": None, "mpirun": None, "works": False}
-    facts.update(threads=None, cores=None)
+    facts.update(threads=None, cores=None, launchers=[])
+    mpirun: Path | None = None
     try:
         mpirun = launcher.find_mpirun()
+        facts.update(mpirun=str(mpirun), version=launcher.mpirun_version(mpirun))
     except UsageError as error:
         problems.append(str(error))
+    if allocation is not None:
+        facts["launchers"] = in_allocation(mpirun, allocation)
+        _conclude(facts, problems)
         return facts
-    facts.update(mpirun=str(mpirun), version=launcher.mpirun_version(mpirun))
-    heard, trouble = _two_ranks(mpirun)
+    if mpirun is None:
+        return facts
+    heard, trouble = two_ranks(mpirun)
     if heard is not None:
         facts.update({key: heard[key] for key in ("library", "threads", "cores")})
         facts["works"] = heard["size"] == 2 and heard["arrived"]
@@ -139,35 +153,15 @@ def _mpi(problems: list[str]) -> dict[str, Any]:
     return facts
 
 
-def _two_ranks(mpirun: Path) -> tuple[dict[str, Any] | None, str]:
-    """Start the self-test; return what rank 0 said, and what went wrong."""
-    import subprocess
-
-    from hpcpipe.cli.launch import python_command
-    from hpcpipe.cluster import launcher
-    from hpcpipe.cluster.banner import BannerFilter
-
-    environ = launcher.rank_environment(launch_id="doctor", terminal=None)
-    program = [*python_command(), "-m", "hpcpipe.mpi.selftest"]
-    command = launcher.mpirun_command(mpirun, 2, program, launcher.this_machine(), environ=environ)
-    try:
-        result = subprocess.run(
-            command,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=_SELFTEST_LIMIT_S,
-        )
-    except subprocess.TimeoutExpired:
-        return None, f"no answer within {_SELFTEST_LIMIT_S:.0f} s of `{' '.join(command)}`"
-    answers = [line for line in result.stdout.splitlines() if line.startswith(b"{")]
-    if answers:
-        heard: dict[str, Any] = json.loads(answers[0])
-        return heard, "the message did not arrive"
-    banner = BannerFilter()
-    told = (banner.feed(result.stderr) + banner.release()).decode(errors="replace").split("\n")
-    last = next((line for line in reversed(told) if line.strip(" -\0")), "")
-    return None, last or f"`{' '.join(command)}` ended with code {result.returncode}"
+def _conclude(facts: dict[str, Any], problems: list[str]) -> None:
+    """Take over what the launchers of an allocation have shown."""
+    working = [attempt for attempt in facts["launchers"] if attempt["works"]]
+    for attempt in working[:1]:
+        facts.update({key: attempt[key] for key in ("library", "threads", "cores")}, works=True)
+    for attempt in facts["launchers"]:
+        if attempt["name"] == "mpirun" and not attempt["works"]:
+            others = f"; {working[0]['name']} works, see slurm/README.md" if working else ""
+            problems.append(f"ranks do not work together by mpirun in this job: {attempt['trouble']}{others}")
 
 
 def _versions(problems: list[str]) -> dict[str, str | None]:

@@ -27,6 +27,9 @@ STEP_OPTIONS = (
 )
 """Facts of the job that ``srun`` takes for options of a step."""
 
+OVERLAP = "SLURM_OVERLAP"
+"""Variable that lets steps of a job share processors."""
+
 
 @dataclass(frozen=True)
 class Allocation:

@@ -51,7 +51,7 @@ def slurm() -> Iterator[Cluster]:
     """Bring up a Slurm of three nodes of eight processors."""
     slurm_packages.require()
     if not slurm_cluster.has_network():
-        pytest.skip("mpirun reaches other nodes only where there is a network interface beside the loopback")
+        slurm_packages.leave("mpirun reaches other nodes only where there is a network interface beside the loopback")
     with slurm_cluster.running(Shape()) as cluster:
         yield cluster
 

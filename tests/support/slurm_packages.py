@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -18,12 +19,17 @@ _APT_LIMIT_S = 180
 
 
 def require() -> None:
-    """See that Slurm's programs are there, or skip; fail instead where `REQUIRE` is 1."""
+    """See that Slurm's programs are there, or leave the test, see `leave`."""
     reason = provide()
-    if reason and os.environ.get(REQUIRE) == "1":
-        pytest.fail(f"{reason} ({REQUIRE}=1 does not allow to skip)", pytrace=False)
     if reason:
-        pytest.skip(reason)
+        leave(reason)
+
+
+def leave(reason: str) -> NoReturn:
+    """Skip the test, or fail where `REQUIRE` is 1."""
+    if os.environ.get(REQUIRE) == "1":
+        pytest.fail(f"{reason} ({REQUIRE}=1 does not allow to skip)", pytrace=False)
+    pytest.skip(reason)
 
 
 def provide() -> str:
