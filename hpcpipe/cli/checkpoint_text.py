@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hpcpipe.checkpoint.difference import Comparison, TensorDifference
 
+_KEYS = ("step", "tokens", "val_loss", "model", "grid", "data", "kernels", "versions")
+
 
 def describe_difference(found: "Comparison", paths: tuple[Path, Path], with_tensors: bool) -> list[str]:
     """Lay out what ``diff`` found.
@@ -55,9 +57,7 @@ def _line(tensor: "TensorDifference") -> str:
 
 def describe(shown: dict[str, Any]) -> str:
     """Lay out what ``show`` found, as its JSON has it, in lines."""
-    said = [
-        key for key in ("step", "tokens", "val_loss", "model", "grid", "data", "versions") if shown.get(key) is not None
-    ]
+    said = [key for key in _KEYS if shown.get(key) is not None]
     lines = [str(shown["path"]), *(f"  {key:<11}{_inline(shown[key])}" for key in said)]
     lines.append(f"  {'format':<11}version {shown['version']}, {shown['hash']} {shown['digest']}")
     lines.append(f"  {'size':<11}{shown['bytes']:,} bytes in {len(shown['files'])} files")
