@@ -40,7 +40,7 @@ def digest_of(data: bytes | memoryview, version: int = VERSION) -> bytes:
 
 
 def join(digests: Iterable[bytes], version: int = VERSION) -> bytes:
-    """Return the digest of a file, or of a manifest: the hash of its regions' digests, in the order of the file."""
+    """Return the digest of a file: the hash of its regions' digests, in the order of the file."""
     return digest_of(b"".join(digests), version)
 
 

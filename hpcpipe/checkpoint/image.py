@@ -7,7 +7,7 @@ from typing import Any
 import h5py
 
 from hpcpipe.checkpoint import hdf5
-from hpcpipe.checkpoint.digests import DIGEST_BYTES, digest_key, join
+from hpcpipe.checkpoint.digests import DIGEST_BYTES, digest_key, digest_of, join
 from hpcpipe.checkpoint.layout import PieceSpec
 from hpcpipe.checkpoint.sparse import SparseFile
 
@@ -136,7 +136,7 @@ class Image:
         for number, offset in self._offsets.items():
             spec = self.specs[number]
             entry = tensors.setdefault(spec.name, {"shape": list(spec.shape), "dtype": spec.dtype, "kinds": {}})
-            digest = found[number] if spec.num_bytes else join([])
+            digest = found[number] if spec.num_bytes else digest_of(b"")
             piece = {"start": spec.start, "stop": spec.stop, "offset": offset, key: digest.hex()}
             entry["kinds"][spec.kind] = [piece]
         file = {"name": name, "bytes": self.size_bytes, key: join(digests).hex(), "metadata": metadata}
