@@ -82,6 +82,15 @@ class Cadence:
         self._last_s = now_s
         self.seconds = best_interval_s(0.0, mtbf_s) if interval.is_auto else interval.seconds
 
+    def describe(self) -> str:
+        """Say how often, in a clause."""
+        if self._interval.steps:
+            return f"every {self._interval.steps} steps"
+        if self._interval.is_auto:
+            hours = self._mtbf_s / 3600.0
+            return f"as often as pays off with a failure every {hours:,.0f} hours, now every {self.seconds:.0f} s"
+        return f"every {self.seconds:g} s" if self.seconds else "at the end only"
+
     def is_due_by_time(self, now_s: float) -> bool:
         """Return whether the time since the last checkpoint was long enough; never where steps are counted."""
         return self.seconds > 0 and now_s - self._last_s >= self.seconds

@@ -290,7 +290,12 @@ class Checkpoints:
         session, seconds = self._session, time.monotonic() - self._began_s
         self.commit_s = seconds
         session.events.add(
-            "checkpoint", step=self.step, path=str(self._path), seconds=seconds, blocked_s=self._blocked_by_this_s
+            "checkpoint",
+            step=self.step,
+            path=str(self._path),
+            seconds=seconds,
+            blocked_s=self._blocked_by_this_s,
+            interval_s=self._cadence.seconds or None,
         )
         session.status(self._state.step, None)
         self._enter(Phase.VERIFY, Answer.NONE if self._has_pieces else Answer.DONE)

@@ -200,6 +200,7 @@ def _make_checkpoints(session: Session, state: State, writer: WriterMemory, toke
     num_nodes = -(-session.grid.comm.size // session.num_local_ranks)
     mtbf_s = estimate_mtbf_s(num_nodes, session.events.read())
     cadence = Cadence(interval, mtbf_s, time.monotonic())
+    session.console.say(f"checkpoints: {cadence.describe()}")
     lock = {"path": str(session.directory.lock), "fence": session.lock.fence if session.lock else ""}
     return Checkpoints(session, state, writer, identity_of(tokens), lock, cadence)
 

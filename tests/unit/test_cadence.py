@@ -48,6 +48,19 @@ def test_time_counts_from_the_last_checkpoint():
     assert not cadence.is_due_by_step(60)
 
 
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        (Interval(steps=7), "every 7 steps"),
+        (Interval(seconds=90), "every 90 s"),
+        (Interval(), "at the end only"),
+        (Interval(is_auto=True), "as often as pays off with a failure every 3 hours, now every 30 s"),
+    ],
+)
+def test_it_can_be_said(interval, words):
+    assert Cadence(interval, 3 * HOUR_S, 0.0).describe() == words
+
+
 def test_the_best_interval_is_youngs():
     """Lost are cost per interval, and half an interval per failure: the sum is least at the returned one."""
 
