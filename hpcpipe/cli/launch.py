@@ -218,11 +218,14 @@ def read_status(directory: Path | None, launch_id: str) -> Status | None:
         status = json.loads((directory / "status.json").read_bytes())
     except (OSError, ValueError):
         return None
+    if isinstance(status, dict) and status.get("launch_id") != launch_id:
+        # What this start said of itself beside the status of a run that is done.
+        status = status.get("later_start")
     if not isinstance(status, dict) or status.get("launch_id") != launch_id:
         return None
     exit_code = status.get("exit_code")
     cause = str(status.get("cause") or "")
-    return Status(str(status.get("state")), exit_code if isinstance(exit_code, int) else None, cause)
+    return Status(str(status.get("state", "failed")), exit_code if isinstance(exit_code, int) else None, cause)
 
 
 def python_command() -> list[str]:

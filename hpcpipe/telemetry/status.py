@@ -113,6 +113,30 @@ def end_status(directory: Path, launch_id: str, exit_code: int, cause: str, stop
     write_whole(directory / "status.json", json.dumps({**status, **end}, indent=1) + "\n")
 
 
+def note_refusal(directory: Path, launch_id: str, exit_code: int, cause: str) -> None:
+    """Add to the status of a run that is done that a later start failed, which has undone nothing.
+
+    Parameters
+    ----------
+    directory : Path
+        The run directory.
+    launch_id : str
+        Name of the later start.
+    exit_code : int
+        What its command returns.
+    cause : str
+        Why it failed.
+
+    Raises
+    ------
+    DiskError
+        If the file system refuses; the file is as before.
+    """
+    later = {"exit_code": int(exit_code), "cause": cause, "time": now(), "launch_id": launch_id}
+    status = {**read_status(directory), "later_start": later}
+    write_whole(directory / "status.json", json.dumps(status, indent=1) + "\n")
+
+
 def newest_checkpoint(directory: Path) -> int:
     """Return the step of the newest complete checkpoint, 0 without any; only names are read."""
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from hpcpipe.cluster.environment import LAUNCH_ID
 from hpcpipe.errors import ExitCode, HpcpipeError, InUseError, StoppedError
 from hpcpipe.telemetry.metrics import last_step
-from hpcpipe.telemetry.status import STATES, is_running, read_status, write_status
+from hpcpipe.telemetry.status import STATES, is_running, note_refusal, read_status, write_status
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.lock import is_held_by_another
 
@@ -39,9 +39,10 @@ def write_last_status(
         if is_first and is_held_by_another(RunDirectory(directory).lock):
             return
         status = read_status(directory)
-        if status.get("state") == STATES[ExitCode.DONE]:
-            return
         launch_id = os.environ.get(LAUNCH_ID, "") if launch_id is None else launch_id
+        if status.get("state") == STATES[ExitCode.DONE]:
+            note_refusal(directory, launch_id, error.exit_code, str(error))
+            return
         is_own = is_running(status, launch_id)
         directory.mkdir(parents=True, exist_ok=True)
         write_status(

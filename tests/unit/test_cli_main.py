@@ -230,6 +230,10 @@ def test_only_this_launch_s_status_counts(tmp_path: Path) -> None:
         assert launch.read_status(folder, "a") is None
     (folder / "status.json").write_text(json.dumps({"launch_id": "a", "exit_code": None, "state": "running"}))
     assert launch.read_status(folder, "a") == launch.Status("running", None)
+    later = {"launch_id": "a", "exit_code": 64, "cause": "wrong"}
+    (folder / "status.json").write_text(json.dumps({"launch_id": "b", "exit_code": 0, "later_start": later}))
+    assert launch.read_status(folder, "a") == launch.Status("failed", 64, "wrong")
+    assert launch.read_status(folder, "c") is None
 
 
 @pytest.fixture
@@ -286,7 +290,9 @@ def test_a_run_that_is_done_stays_so_when_a_later_start_is_refused(config: Path,
     (config.parent / "one").mkdir()
     (config.parent / "one/status.json").write_text('{"state": "done", "exit_code": 0}')
     assert main.main(["launch", "-n", "9", "train", str(config)]) == 64
-    assert json.loads((config.parent / "one/status.json").read_text()) == {"state": "done", "exit_code": 0}
+    status = json.loads((config.parent / "one/status.json").read_text())
+    assert (status["state"], status["exit_code"], status["later_start"]["exit_code"]) == ("done", 0, 64)
+    assert status["later_start"]["cause"] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["--unknown", "x.toml"], ["nowhere.toml"]])

@@ -53,7 +53,9 @@ def test_an_error_is_told_and_written(tmp_path, capsys):
 def test_a_run_that_is_done_stays_so(tmp_path, capsys):
     (tmp_path / "status.json").write_text('{"state": "done", "exit_code": 0, "step": 20}')
     assert fail_on_all_ranks(tmp_path) is ExitCode.DAMAGED
-    assert json.loads((tmp_path / "status.json").read_text())["state"] == "done"
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, 20)
+    assert (status["later_start"]["exit_code"], status["later_start"]["cause"]) == (65, "broken")
 
 
 def test_a_stop_says_who_asked_and_where_the_run_began(tmp_path, monkeypatch, capsys):
