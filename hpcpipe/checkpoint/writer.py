@@ -1,7 +1,7 @@
 """The process beside a rank that writes its checkpoints: ``python -m hpcpipe.checkpoint.writer PARENT HANDLE``.
 
 It reads orders from standard input, one JSON object per line, and answers each on standard output with one: ``do`` as
-in the order and what came of it, or ``failed``, an exit code and a sentence. It knows nothing of MPI.
+in the order and what came of it, or ``failed``, an exit code, and ``problem``, a sentence.
 """
 
 import json
@@ -9,137 +9,11 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from hpcpipe.checkpoint import disk
-from hpcpipe.checkpoint.digests import digest_of
-from hpcpipe.checkpoint.image import Image, Region
-from hpcpipe.checkpoint.layout import PieceSpec, file_name, leftovers
-from hpcpipe.checkpoint.manifest import load_manifest
-from hpcpipe.checkpoint.retain import retain
-from hpcpipe.checkpoint.snapshot import Snapshot
-from hpcpipe.checkpoint.verify import verify_file
-from hpcpipe.checkpoint.write import abandon, commit, join_partial
 from hpcpipe.cluster.environment import parent_signal
-from hpcpipe.errors import DamagedError, ExitCode, HpcpipeError, NumericsError
-from hpcpipe.memory.shared import map_shared
-
-Order = dict[str, Any]
 
 _IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _LOWEST_PRIORITY = 19
-_IN_CACHE = 1 << 16
-
-
-class Writer:
-    """Carries out the orders of one rank.
-
-    Parameters
-    ----------
-    handle : int
-        Descriptor of the memory that snapshots are in.
-    """
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-        self._hashing = ThreadPoolExecutor(1)
-
-    def answer(self, order: Order) -> Order:
-        """Carry out one order; never raises."""
-        do = str(order["do"])
-        try:
-            return {"do": do, **getattr(self, f"_{do}")(order)}
-        except HpcpipeError as error:
-            return {"do": do, "failed": int(error.exit_code), "problem": str(error)}
-        except Exception as error:
-            return {"do": do, "failed": int(ExitCode.DISK), "problem": f"{do}: {type(error).__name__}: {error}"}
-
-    def _prepare(self, order: Order) -> Order:
-        """Learn what the snapshot holds: ``pieces``, ``rank``."""
-        specs = [PieceSpec.from_json(item) for item in order["pieces"]]
-        self._name = file_name(order["rank"])
-        self._image = Image(specs)
-        sizes = [spec.num_bytes for spec in specs]
-        self._buffers = Snapshot(map_shared(self._handle, order["bytes"]), sizes).buffers()
-        return {}
-
-    def _clean(self, order: Order) -> Order:
-        """Remove what earlier launches' interrupted writings and removals have left below ``root``."""
-        for path in list(leftovers(Path(order["root"]))):
-            # Other ranks of this launch, which ``token`` names, may be writing already.
-            if f".{order['token']}" not in path.name:
-                disk.remove(path)
-        return {}
-
-    def _write(self, order: Order) -> Order:
-        """Write the snapshot as this rank's file of ``step`` into ``partial``; answer with its record."""
-        step, partial = order["step"], Path(order["partial"])
-        regions = self._image.regions(step, self._buffers)
-        hashing = self._hashing.submit(_check_and_hash, step, self._image.specs, regions)
-        join_partial(partial)
-        try:
-            disk.write_new(partial / self._name, [region.buffer for region in regions], read_back=False)
-        finally:
-            # The next snapshot must not be taken while this one is read.
-            digests = hashing.result()
-        return {"record": self._image.record(self._name, step, regions, digests)}
-
-    def _commit(self, order: Order) -> Order:
-        """Make the checkpoint in ``partial`` valid, of all ranks' ``records``, if the run still has its lock."""
-        path = commit(Path(order["partial"]), order["header"], order["records"], order.get("lock"))
-        return {"path": str(path)}
-
-    def _abandon(self, order: Order) -> Order:
-        """Remove the checkpoint in ``partial``, which is not to be committed."""
-        abandon(Path(order["partial"]))
-        return {}
-
-    def _withdraw(self, order: Order) -> Order:
-        """Remove a committed checkpoint at ``path`` that cannot be read back."""
-        disk.remove(disk.move_to_trash(Path(order["path"])))
-        return {}
-
-    def _verify(self, order: Order) -> Order:
-        """Read this rank's file of the checkpoint at ``path`` back from the disk, past the page cache."""
-        path = Path(order["path"])
-        disk.drop_from_cache(path / self._name)
-        problems = verify_file(path, load_manifest(path), self._name)
-        if problems:
-            raise DamagedError("; ".join(problems))
-        return {}
-
-    def _retain(self, order: Order) -> Order:
-        """Remove what is not to be kept below ``root``."""
-        keep = {key: order[key] for key in ("keep", "keep_every", "keep_best")}
-        removed = retain(Path(order["root"]), Path(order["newest"]), **keep)
-        return {"removed": [path.name for path in removed]}
-
-
-def _check_and_hash(step: int, specs: Sequence[PieceSpec], regions: Sequence[Region]) -> list[bytes]:
-    """Return the digests; refuse to keep a state that an update has broken: the next start would only fail again."""
-    digests = []
-    for region in regions:
-        if region.piece is not None and not _is_finite(np.frombuffer(region.buffer, specs[region.piece].dtype)):
-            raise NumericsError(
-                f"step {step}: {specs[region.piece].label} has a value that is not finite: no checkpoint is written;"
-                " lower train.learning_rate and go on from the last one"
-            )
-        digests.append(digest_of(region.buffer))
-    return digests
-
-
-def _is_finite(values: NDArray[Any]) -> bool:
-    """Tell whether no value is NaN or infinite; takes no memory."""
-    for first in range(0, values.size, _IN_CACHE):
-        part = values[first : first + _IN_CACHE]
-        if not (np.isfinite(part.max()) and np.isfinite(part.min())):
-            return False
-    return True
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -152,6 +26,9 @@ def main(arguments: Sequence[str]) -> None:
     if os.getppid() != parent:
         return
     os.nice(_LOWEST_PRIORITY)
+    # Only now, since the imports take longer than the start of the rank may be delayed.
+    from hpcpipe.checkpoint.orders import Writer
+
     writer = Writer(handle)
     for line in sys.stdin.buffer:
         answer = writer.answer(json.loads(line))

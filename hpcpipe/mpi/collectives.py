@@ -79,3 +79,14 @@ def gather_bytes(comm: MPI.Intracomm, waiter: Waiter, content: bytes) -> list[by
     row[: len(content)] = np.frombuffer(content, np.uint8)
     rows = gather_rows(comm, waiter, row)
     return [rows[rank, : sizes[rank]].tobytes() for rank in range(comm.size)]
+
+
+def gather_bytes_at(comm: MPI.Intracomm, waiter: Waiter, content: bytes, root: int) -> list[bytes]:
+    """Give one rank the bytes of all ranks, which may differ in length; the others get an empty list."""
+    sizes = np.zeros(comm.size if comm.rank == root else 0, np.int64)
+    waiter.wait([comm.Igather(np.array([len(content)], np.int64), sizes, root)], lambda: "sizes from all ranks")
+    ends = np.cumsum(sizes)
+    received = np.empty(int(ends[-1]) if comm.rank == root else 0, np.uint8)
+    layout = [received, (sizes, ends - sizes), MPI.BYTE] if comm.rank == root else None
+    waiter.wait([comm.Igatherv(np.frombuffer(content, np.uint8), layout, root)], lambda: "bytes from all ranks")
+    return [received[end - size : end].tobytes() for size, end in zip(sizes, ends, strict=True)]

@@ -19,7 +19,7 @@ from hpcpipe.checkpoint.process import WriterProcess
 from hpcpipe.checkpoint.snapshot import Snapshot, snapshot_bytes
 from hpcpipe.errors import BY_CODE, DiskError, ExitCode, HpcpipeError
 from hpcpipe.memory.shared import SharedBlock
-from hpcpipe.mpi.collectives import broadcast_bytes, gather_bytes, gather_rows
+from hpcpipe.mpi.collectives import broadcast_bytes, gather_bytes, gather_bytes_at, gather_rows
 from hpcpipe.train.cadence import Cadence, Costs
 from hpcpipe.train.save import SNAPSHOT, header_of, piece_arrays, piece_specs
 from hpcpipe.train.session import Session
@@ -276,7 +276,7 @@ class Checkpoints:
         """Let rank 0 commit what all ranks have written."""
         record = self._reply.get("record")
         content = json.dumps(record).encode() if record else b""
-        records = gather_bytes(self._comm, self._waiter, content)
+        records = gather_bytes_at(self._comm, self._waiter, content, 0)
         self._enter(Phase.COMMIT)
         if self._session.is_root:
             known = [json.loads(content) for content in records if content]

@@ -9,6 +9,7 @@ from hpcpipe.mpi.collectives import (
     barrier,
     broadcast_bytes,
     gather_bytes,
+    gather_bytes_at,
     gather_rows,
 )
 from hpcpipe.mpi.wait import Waiter
@@ -74,3 +75,11 @@ def test_a_silent_peer_is_given_up_after_the_deadline(comm):
     # The barrier that rank 0 gave up is completed by the others, so that none stays pending.
     if comm.rank != 0:
         barrier(comm, Waiter(60.0))
+
+
+@pytest.mark.parametrize("length", [0, 1, 70_000])
+def test_bytes_of_all_ranks_reach_one(comm, waiter, length):
+    for root in (0, comm.size - 1):
+        found = gather_bytes_at(comm, waiter, bytes([comm.rank]) * (length * comm.rank), root)
+        expected = [bytes([rank]) * (length * rank) for rank in range(comm.size)] if comm.rank == root else []
+        assert found == expected

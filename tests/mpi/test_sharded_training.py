@@ -159,7 +159,7 @@ def test_a_moment_that_is_not_finite_on_one_replica_is_refused_by_all(comm, tmp_
     if comm.rank == comm.size - 1:
         next(iter(state.stages[0].moments["moment2"].arrays.values()))[0] = np.inf
     folder = shared_folder(comm, tmp_path)
-    with pytest.raises(NumericsError, match="step 2: moment2 of .* has a value that is not finite: no checkpoint"):
+    with pytest.raises(NumericsError, match=r"step 2: moment2 of .* has a value that is not finite: no checkpoint"):
         save(state, grid, folder)
     assert candidates(folder / "checkpoints") == []
     grid.free()

@@ -107,7 +107,7 @@ def test_what_the_disk_has_changed_is_noticed(rank):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_not_written(rank, value):
+def test_values_that_are_not_finite_are_not_committed(rank, value):
     rank.arrays[1][3] = value
     answer = rank.write()
     assert answer["failed"] == ExitCode.NUMERICS
