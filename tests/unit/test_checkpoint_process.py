@@ -112,7 +112,8 @@ def test_values_that_are_not_finite_are_not_committed(rank, value):
     answer = rank.write()
     assert answer["failed"] == ExitCode.NUMERICS
     assert "weight of b/weight has a value that is not finite" in answer["problem"]
-    assert not rank.root.exists()
+    assert rank.ask(do="abandon", partial=str(rank.partial())) == {"do": "abandon"}
+    assert not list(rank.root.iterdir())
 
 
 def test_a_refusal_of_the_disk_is_an_answer(rank):
