@@ -11,7 +11,7 @@ from hpcpipe.cli.parser import path
 from hpcpipe.errors import ExitCode
 
 if TYPE_CHECKING:
-    from hpcpipe.train.bench_result import BenchResult
+    from hpcpipe.bench.result import BenchResult
 
 ALONE, TOGETHER = ("gemm",), ("p2p",)
 """Benchmarks of one process, and of several ranks only."""
@@ -158,8 +158,8 @@ def run_actions(args: argparse.Namespace) -> int:
         There is no such schedule for these numbers, or not as many ranks were started.
     """
     _limit_threads()
+    from hpcpipe.bench.actions import bench_actions
     from hpcpipe.cli.bench_tables import print_actions
-    from hpcpipe.train.bench_actions import bench_actions
 
     result = bench_actions(args.schedules or _SCHEDULES, args.ranks, args.microbatches, args.repetitions)
     return _tell(result, args.json, print_actions)
@@ -181,12 +181,12 @@ def run_gemm(args: argparse.Namespace) -> int:
     Raises
     ------
     UsageError
-        See `hpcpipe.train.bench_gemm.bench_gemm`.
+        See `hpcpipe.bench.gemm.bench_gemm`.
     """
     _limit_threads()
+    from hpcpipe.bench.gemm import bench_gemm
+    from hpcpipe.bench.result import BenchResult
     from hpcpipe.cli.bench_tables import print_gemm
-    from hpcpipe.train.bench_gemm import bench_gemm
-    from hpcpipe.train.bench_result import BenchResult
 
     report = bench_gemm(args.config, args.precision, args.threads, args.rows, args.repetitions, _say_compiling)
     return _tell(BenchResult(ExitCode.DONE, report), args.json, print_gemm)
@@ -211,8 +211,8 @@ def run_step(args: argparse.Namespace) -> int:
         There are no steps to time.
     """
     _limit_threads()
+    from hpcpipe.bench.step import bench_step
     from hpcpipe.cli.bench_tables import print_step
-    from hpcpipe.train.bench_step import bench_step
 
     return _tell(bench_step(args.config, args.overrides, args.steps, _say), args.json, print_step)
 
@@ -236,8 +236,8 @@ def run_p2p(args: argparse.Namespace) -> int:
         There is only one rank.
     """
     _limit_threads()
+    from hpcpipe.bench.p2p import SIZES, bench_p2p
     from hpcpipe.cli.bench_tables import print_p2p
-    from hpcpipe.train.bench_p2p import SIZES, bench_p2p
 
     return _tell(bench_p2p(args.sizes or SIZES, args.config, args.overrides), args.json, print_p2p)
 
@@ -261,8 +261,8 @@ def run_checkpoint(args: argparse.Namespace) -> int:
         There are no rounds, or no ``dd``.
     """
     _limit_threads()
+    from hpcpipe.bench.checkpoint import bench_checkpoint
     from hpcpipe.cli.bench_tables import print_checkpoint
-    from hpcpipe.train.bench_checkpoint import bench_checkpoint
 
     return _tell(bench_checkpoint(args.config, args.overrides, args.rounds), args.json, print_checkpoint)
 

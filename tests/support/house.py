@@ -15,6 +15,7 @@ FLOORS = (
     ("model", "memory", "data", "optim"),
     ("pipeline", "checkpoint"),
     ("train",),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )

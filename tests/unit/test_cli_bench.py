@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from hpcpipe.bench.gemm import GPT2
 from hpcpipe.cli.main import main
 from hpcpipe.config.load import load
 from hpcpipe.errors import ExitCode
 from hpcpipe.kernels.features import family
 from hpcpipe.schedule.build import build
-from hpcpipe.train.bench_gemm import GPT2
 
 SHORT = ("--repetitions", "2", "--microbatches", "4")
 
@@ -75,8 +75,8 @@ ROW_KEYS = (
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """Return a configuration of a tiny model, timed on little memory."""
-    monkeypatch.setattr("hpcpipe.train.bench_gemm._COLD_BYTES", 1 << 20)
-    monkeypatch.setattr("hpcpipe.train.bench_gemm.copy_bytes_per_s", lambda team: 1e9)
+    monkeypatch.setattr("hpcpipe.bench.gemm._COLD_BYTES", 1 << 20)
+    monkeypatch.setattr("hpcpipe.bench.gemm.copy_bytes_per_s", lambda team: 1e9)
     path = tmp_path / "tiny.toml"
     path.write_text(TINY)
     return str(path)

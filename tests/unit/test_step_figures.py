@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from hpcpipe.bench.config import RandomSamples
+from hpcpipe.bench.step_figures import Machine, RankFigures, kernel_rows, step_figures, waiting_figures
 from hpcpipe.schedule.action import COMPUTE
 from hpcpipe.schedule.build import build
 from hpcpipe.schedule.simulate import Costs, simulate
 from hpcpipe.schedule.waiting import waiting_without_messages
-from hpcpipe.train.bench_config import RandomSamples
-from hpcpipe.train.step_figures import Machine, RankFigures, kernel_rows, step_figures, waiting_figures
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "dualpipe-v")
 

@@ -6,6 +6,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hpcpipe.bench.action_clock import ActionClock
+from hpcpipe.bench.config import RandomSamples, quiet_session, with_vocabulary
+from hpcpipe.bench.gemm import unit_of
+from hpcpipe.bench.result import BenchResult
+from hpcpipe.bench.step_figures import Machine, RankFigures, kernel_rows, step_figures, waiting_figures
 from hpcpipe.errors import UsageError
 from hpcpipe.kernels.observe import ObservedTeam, Observer
 from hpcpipe.model.gpt2 import training_flops_per_sample
@@ -13,11 +18,7 @@ from hpcpipe.mpi import runtime
 from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.collectives import barrier, gather_bytes
 from hpcpipe.mpi.runtime import World
-from hpcpipe.train.action_clock import ActionClock
 from hpcpipe.train.batches import TrainingBatches
-from hpcpipe.train.bench_config import RandomSamples, quiet_session, with_vocabulary
-from hpcpipe.train.bench_gemm import unit_of
-from hpcpipe.train.bench_result import BenchResult
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.leave import leaving_together
 from hpcpipe.train.peak import measure_bandwidth, measure_peak_flops
@@ -25,7 +26,6 @@ from hpcpipe.train.plan import make_plan
 from hpcpipe.train.setup import Setup, agree_on_setup, compile_kernels, require_own_memory
 from hpcpipe.train.state import State, build_state
 from hpcpipe.train.step import Trainer
-from hpcpipe.train.step_figures import Machine, RankFigures, kernel_rows, step_figures, waiting_figures
 
 _WARMUP_STEPS = 2
 
@@ -58,7 +58,7 @@ def bench_step(
         ``metrics.jsonl`` has it (the fraction of the schedule's time that ranks wait for messages, the mean over
         ranks); ``peak_flops copy_bytes_per_s`` of all ranks together; ``predicted_step_s``; and
         of the observed steps ``waiting scheduled_waiting exposed_messages observed_step_s kernels waiting_s other_s``:
-        see `hpcpipe.train.step_figures`.
+        see `hpcpipe.bench.step_figures`.
 
     Raises
     ------

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from hpcpipe.bench.config import load_for_any_grid
+from hpcpipe.bench.result import BenchResult
 from hpcpipe.cluster.environment import rank_hint
 from hpcpipe.errors import UsageError
 from hpcpipe.mpi import runtime
@@ -16,8 +18,6 @@ from hpcpipe.mpi.collectives import gather_rows
 from hpcpipe.mpi.ping import measure_pair
 from hpcpipe.mpi.runtime import World
 from hpcpipe.mpi.wait import Waiter
-from hpcpipe.train.bench_config import load_for_any_grid
-from hpcpipe.train.bench_result import BenchResult
 from hpcpipe.train.leave import leaving_together
 from hpcpipe.train.setup import MESSAGES
 

@@ -101,10 +101,10 @@ def build_cases(shape: Shape, precision: str) -> list[Case]:
         ``bf16`` or ``f32``.
     """
     if precision == "bf16":
-        from hpcpipe.train.bench_cases_bf16 import bfloat16_cases
+        from hpcpipe.bench.cases_bf16 import bfloat16_cases
 
         return [*bfloat16_cases(shape), *_shared_cases(shape)]
-    from hpcpipe.train.bench_cases_f32 import float32_cases
+    from hpcpipe.bench.cases_f32 import float32_cases
 
     return [*float32_cases(shape), _adamw_case(shape), *_shared_cases(shape)]
 

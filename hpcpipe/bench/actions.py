@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from hpcpipe.bench.result import BenchResult
 from hpcpipe.cluster.environment import rank_hint
 from hpcpipe.errors import ExitCode, UsageError
 from hpcpipe.mpi import runtime
@@ -17,7 +18,6 @@ from hpcpipe.pipeline.action_cost import POLL, InstantTransport, measure
 from hpcpipe.pipeline.messages import Messages
 from hpcpipe.schedule.action import Kind, Schedule
 from hpcpipe.schedule.build import build
-from hpcpipe.train.bench_result import BenchResult
 from hpcpipe.train.leave import leaving_together
 
 _ALONE = 4

@@ -5,6 +5,20 @@ from functools import partial
 
 import numpy as np
 
+from hpcpipe.bench.cases import (
+    ATTENTION,
+    FORWARD,
+    INPUT,
+    MEMORY,
+    PRODUCTS,
+    WEIGHT,
+    Case,
+    Run,
+    Shape,
+    adamw_pack_case,
+    random_arrays,
+    random_ids,
+)
 from hpcpipe.kernels.attention_bf16 import attention_backward_bf16, attention_forward_bf16, attention_scratch_bf16
 from hpcpipe.kernels.bfloat16 import to_bfloat16
 from hpcpipe.kernels.head import cross_entropy_backward_bf16, head_logits
@@ -28,20 +42,6 @@ from hpcpipe.kernels.threads import ALONE
 from hpcpipe.model.layer import Buffers
 from hpcpipe.model.linear_bf16 import add_matrix_gradient, gradient_scratch
 from hpcpipe.model.tensors import BufferShapes, bf16, f32
-from hpcpipe.train.bench_cases import (
-    ATTENTION,
-    FORWARD,
-    INPUT,
-    MEMORY,
-    PRODUCTS,
-    WEIGHT,
-    Case,
-    Run,
-    Shape,
-    adamw_pack_case,
-    random_arrays,
-    random_ids,
-)
 
 _ENDS = {"qkv": "bias", "output": "residual", "up": "GELU", "down": "residual", "head": "log-sum-exp"}
 _LANES = 16

@@ -4,15 +4,7 @@ from functools import partial
 
 import numpy as np
 
-from hpcpipe.kernels.activation import gelu_backward, gelu_forward
-from hpcpipe.kernels.attention import attention_backward, attention_forward, attention_scratch
-from hpcpipe.kernels.gemm import matmul, matmul_bias, matmul_nt
-from hpcpipe.kernels.loss import cross_entropy_backward, cross_entropy_forward
-from hpcpipe.kernels.norm import layernorm_backward_input, layernorm_backward_weight, layernorm_forward
-from hpcpipe.kernels.reduce import add_into, bias_gradient
-from hpcpipe.model.linear import add_matrix_gradient
-from hpcpipe.model.tensors import f32
-from hpcpipe.train.bench_cases import (
+from hpcpipe.bench.cases import (
     ATTENTION,
     FORWARD,
     INPUT,
@@ -25,6 +17,14 @@ from hpcpipe.train.bench_cases import (
     random_arrays,
     random_ids,
 )
+from hpcpipe.kernels.activation import gelu_backward, gelu_forward
+from hpcpipe.kernels.attention import attention_backward, attention_forward, attention_scratch
+from hpcpipe.kernels.gemm import matmul, matmul_bias, matmul_nt
+from hpcpipe.kernels.loss import cross_entropy_backward, cross_entropy_forward
+from hpcpipe.kernels.norm import layernorm_backward_input, layernorm_backward_weight, layernorm_forward
+from hpcpipe.kernels.reduce import add_into, bias_gradient
+from hpcpipe.model.linear import add_matrix_gradient
+from hpcpipe.model.tensors import f32
 
 
 def float32_cases(shape: Shape) -> list[Case]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from hpcpipe.bench.config import quiet_session, with_vocabulary
+from hpcpipe.bench.result import BenchResult
 from hpcpipe.checkpoint.disk import drop_from_cache
 from hpcpipe.checkpoint.layout import file_name, step_name
 from hpcpipe.checkpoint.manifest import load_manifest
@@ -23,8 +25,6 @@ from hpcpipe.mpi import runtime
 from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.collectives import barrier, broadcast_bytes, gather_rows
 from hpcpipe.mpi.runtime import World
-from hpcpipe.train.bench_config import quiet_session, with_vocabulary
-from hpcpipe.train.bench_result import BenchResult
 from hpcpipe.train.cadence import Cadence
 from hpcpipe.train.checkpoints import Checkpoints, WriterMemory
 from hpcpipe.train.directory import RunDirectory

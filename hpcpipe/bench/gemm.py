@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from hpcpipe.bench.cases import MEMORY, NAME, PRODUCTS, Case, Run, Shape, build_cases
+from hpcpipe.bench.config import load_for_any_grid, with_vocabulary
 from hpcpipe.cluster.binding import bind
 from hpcpipe.cluster.environment import rank_hint
 from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig
@@ -18,8 +20,6 @@ from hpcpipe.kernels.observe import ObservedTeam, Observer
 from hpcpipe.kernels.threads import Team
 from hpcpipe.kernels.work import NOTHING, Work
 from hpcpipe.memory.block import allocated_bytes
-from hpcpipe.train.bench_cases import MEMORY, NAME, PRODUCTS, Case, Run, Shape, build_cases
-from hpcpipe.train.bench_config import load_for_any_grid, with_vocabulary
 from hpcpipe.train.rates import copy_bytes_per_s, peak_flops_per_s
 
 GPT2 = Config(

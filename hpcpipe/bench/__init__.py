@@ -1,0 +1,1 @@
+"""Measures parts of hpcpipe on this machine."""
