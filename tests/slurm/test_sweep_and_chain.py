@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from support.commands import bits, events, rows, status, step_rows
 from support.slurm_cluster import wait_until
 from support.slurm_desk import ROOT, TRAIN, Desk
@@ -51,6 +52,7 @@ def test_a_chain_of_jobs_where_requeueing_is_forbidden(desk: Desk, undisturbed: 
     assert len(events(desk.directory("run"), "resumed")) == 1
 
 
+@pytest.mark.slow
 def test_a_job_that_may_not_be_requeued_submits_the_next_one(desk: Desk, undisturbed: Path) -> None:
     job = desk.submit(*ONE_NODE, "--no-requeue", "--time=7", environ={**SLOW, "HPCPIPE_CHAIN": "1"})
     desk.wait_for_steps(job, 12)

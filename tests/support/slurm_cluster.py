@@ -43,8 +43,8 @@ class Job:
         ``code:signal`` of the batch script.
     restarts : int
         How often it was requeued.
-    nodes : str
-        Where it is or was, in Slurm's short form.
+    nodes, batch_host : str
+        Where it is or was, in Slurm's short form; where its script is, if it runs.
     """
 
     state: str
@@ -52,6 +52,7 @@ class Job:
     exit_code: str
     restarts: int
     nodes: str
+    batch_host: str
 
 
 @dataclass
@@ -158,7 +159,14 @@ class Cluster:
         """Return what Slurm says about a job or a task of an array."""
         line = self.run("scontrol", "show", "job", "-o", job).splitlines()[0]
         facts = dict(word.split("=", 1) for word in line.split() if "=" in word)
-        return Job(facts["JobState"], facts["Reason"], facts["ExitCode"], int(facts["Restarts"]), facts["NodeList"])
+        return Job(
+            facts["JobState"],
+            facts["Reason"],
+            facts["ExitCode"],
+            int(facts["Restarts"]),
+            facts["NodeList"],
+            facts.get("BatchHost", ""),
+        )
 
     def wait_for(
         self, job: int | str, *states: str, limit_s: float = 60.0, explain: Callable[[], str] | None = None

@@ -8,6 +8,8 @@ from pathlib import Path
 from support.commands import step_rows
 from support.slurm_cluster import Cluster, Job, wait_until
 
+from hpcpipe.telemetry.status import newest_checkpoint
+
 ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "slurm/train.sbatch"
 
@@ -76,6 +78,11 @@ class Desk:
             return any(row["step"] >= num_steps for row in step_rows(self.directory(name)))
 
         wait_until(is_there, f"step {num_steps}", lambda: self.explain(job), limit_s)
+
+    def wait_for_checkpoint(self, job: int, name: str = "run") -> None:
+        """Wait until a run has a complete checkpoint."""
+        self.wait_for_steps(job, 10, name)
+        wait_until(lambda: newest_checkpoint(self.directory(name)) >= 10, "checkpoint", lambda: self.explain(job))
 
     def output(self, job: int | str) -> str:
         """Return what a job has printed, without the NUL bytes of ``mpirun``."""

@@ -23,6 +23,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
         "PATH": os.environ["PATH"],
         "SLURM_JOB_ID": "7",
         "SLURM_NTASKS": "6",
+        "SLURMD_NODENAME": "n1",
         "SLURM_JOB_NUM_NODES": "3",
         "SLURM_JOB_NODELIST": "n[1-3]",
         "SLURM_SUBMIT_DIR": str(tmp_path),
