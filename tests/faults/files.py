@@ -22,8 +22,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from damage import KINDS, VIEW
 from made import Model, draw_model, load_newest
+from support.damage import KINDS, VIEW
 from writing import Job
 
 from hpcpipe.checkpoint.layout import candidates, leftovers, step_of

@@ -4,10 +4,10 @@ import random
 
 import files
 import pytest
-from damage import KINDS
 from files import KILLS, ORDER, Outcome, run_campaign, run_trial, table
 from made import draw_model, load_newest
 from support import fresh
+from support.damage import KINDS
 
 from hpcpipe.checkpoint import read
 from hpcpipe.checkpoint.layout import candidates
