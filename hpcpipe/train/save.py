@@ -82,6 +82,6 @@ def _versions() -> dict[str, str]:
     return {
         "hpcpipe": hpcpipe.__version__,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("numpy", "scipy", "numba", "h5py", "mpi4py")},
+        **{name: version(name) for name in ("numpy", "scipy", "numba", "h5py", "blake3", "mpi4py")},
         "mpi": library_version(),
     }
