@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 import re
+import stat
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,6 +128,11 @@ class HaltFile:
         is_new = seen != self._seen
         self._seen = seen
         self._halt = None
+        if not stat.S_ISREG(status.st_mode):
+            # A pipe would wait for somebody to write into it.
+            if is_new:
+                self._warn(f"{self._path}: is not a regular file; the run goes on")
+            return
         if is_new and not status.st_size:
             return
         try:

@@ -137,7 +137,12 @@ def test_a_halt_file_that_makes_no_sense_is_told_once(tmp_path, at_every_look):
     (tmp_path / "halt").unlink()
     (tmp_path / "halt").mkdir()
     assert [file.asks(step) for step in range(5)] == [""] * 5
-    assert "Is a directory" in warnings[2]
+    (tmp_path / "halt").rmdir()
+    os.mkfifo(tmp_path / "halt")
+    assert [file.asks(step) for step in range(5)] == [""] * 5
+    assert [warning.partition("halt: ")[2] for warning in warnings[2:]] == [
+        "is not a regular file; the run goes on"
+    ] * 2
 
 
 def test_the_halt_file_is_read_once_a_second(tmp_path):
