@@ -1,7 +1,8 @@
 """A disk that is slow or fails, for tests: ``HPCPIPE_TEST_DISK=slow=1e6,fail=sync:EIO:2-3``.
 
-``slow`` is a number of bytes per second. ``fail`` names an operation (``reserve``, ``write``, ``sync``, ``rename``),
-the error, and the first and last of its calls in this process that fail, all if left out; it may come several times.
+``slow`` is a number of bytes per second. ``fail`` names an operation (``reserve``, ``write``, ``sync``, ``rename``,
+``read``), the error, and the first and last of its calls in this process that fail, all if left out; it may come
+several times.
 """
 
 import errno

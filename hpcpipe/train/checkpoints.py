@@ -80,7 +80,7 @@ class Checkpoints:
     Attributes
     ----------
     step : int
-        Step of the newest checkpoint that this run has committed or gone on from.
+        Step of the newest checkpoint that this run has committed, and not withdrawn, or gone on from.
     commit_s : float
         Seconds from the last step of the newest checkpoint of this run until it was valid; 0 before the first.
     blocked_s : float
@@ -117,6 +117,7 @@ class Checkpoints:
         self._phase, self._answer = Phase.IDLE, Answer.NONE
         self._reply: dict[str, Any] = {}
         self._num_failures, self._num_taken = 0, 0
+        self._step_before = state.step
         self._began_s, self._blocked_by_this_s = 0.0, 0.0
         self._writing_step = 0
         self._header: dict[str, Any] = {}
@@ -285,8 +286,7 @@ class Checkpoints:
 
     def _committed(self) -> None:
         """Say that the checkpoint is valid, and have it read back."""
-        self.step = self._writing_step
-        self._num_failures = 0
+        self._step_before, self.step = self.step, self._writing_step
         session, seconds = self._session, time.monotonic() - self._began_s
         self.commit_s = seconds
         session.events.add(
@@ -305,6 +305,7 @@ class Checkpoints:
     def _verified(self) -> None:
         """Remove what is not to be kept: the new checkpoint has been read back."""
         self._enter(Phase.IDLE)
+        self._num_failures = 0
         self._cadence.learn(self._blocked_by_this_s + self._costs.take_slowdown_s())
         if self._session.is_root:
             keep = self._session.config.checkpoint
@@ -321,6 +322,8 @@ class Checkpoints:
         was_committed = self._phase is Phase.VERIFY
         self._enter(Phase.IDLE)
         self._num_failures += 1
+        if was_committed:
+            self.step = self._step_before
         if session.is_root:
             order = {"do": "withdraw", "path": str(self._path)} if was_committed else None
             self._process.send(order or {"do": "abandon", "partial": str(self._partial)})

@@ -154,6 +154,34 @@ def test_a_checkpoint_that_the_disk_has_altered_is_withdrawn(runs: Runs, finishe
     assert bits(directory) == bits(finished_run)
 
 
+def test_a_last_checkpoint_that_cannot_be_read_back_is_taken_again(runs: Runs, finished_run: Path) -> None:
+    finished = runs.train("run", 2, "checkpoint.every=10", environ={DISK: "fail=read:EIO:2"})
+    directory = runs.directory("run")
+    assert finished.code == 0, finished.stderr
+    assert [event["step"] for event in events(directory, "checkpoint failed")] == [20]
+    assert [event["step"] for event in events(directory, "checkpoint")] == [10, 20, 20]
+    assert checkpoints(directory) == [10, 20]
+    assert bits(directory) == bits(finished_run)
+    assert_all_sound(runs, directory)
+
+
+def test_a_last_checkpoint_that_can_never_be_read_back_is_an_error(runs: Runs) -> None:
+    finished = runs.train("run", 2, "checkpoint.every=10", environ={DISK: "fail=read:EIO:2-9"})
+    directory = runs.directory("run")
+    assert_failed_with_74(finished, directory, "the last checkpoint, of step 20, could not be written:")
+    assert checkpoints(directory) == [10]
+
+
+def test_checkpoints_that_cannot_be_read_back_are_failures_in_a_row(runs: Runs) -> None:
+    settings = ("checkpoint.every=5", "checkpoint.max_failures=2")
+    finished = runs.train("run", 2, *settings, environ={DISK: "fail=read:EIO"})
+    directory = runs.directory("run")
+    assert_failed_with_74(
+        finished, directory, "2 checkpoints in a row failed (checkpoint.max_failures), the last with:"
+    )
+    assert [event["step"] for event in events(directory, "checkpoint failed")] == [5, 10]
+
+
 @contextlib.contextmanager
 def small_file_system(path: Path, size: str) -> Iterator[Path]:
     """Mount a file system in memory; the test is skipped where that is not allowed."""
