@@ -1,5 +1,6 @@
 """A rank's handle on its writer process: starts it, sends it orders, hears what became of them, never waits."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hpcpipe
+from hpcpipe.errors import DiskError
 
 _NAP_S = 1e-3
 _PART_BYTES = 1 << 16
@@ -98,9 +100,21 @@ class WriterProcess:
             answers.append({"died": self._end()})
         return answers
 
-    def wait(self, until: Callable[[list[dict[str, Any]]], bool]) -> None:
-        """Poll until the caller has heard enough."""
+    def wait(self, until: Callable[[list[dict[str, Any]]], bool], limit_s: float) -> None:
+        """Poll until the caller has heard enough.
+
+        Raises
+        ------
+        DiskError
+            If that takes longer than `limit_s`: the process is suspended, or waits for its file system.
+        """
+        deadline = time.monotonic() + limit_s
         while not until(self.poll()):
+            if time.monotonic() > deadline:
+                raise DiskError(
+                    f"the process that writes this rank's checkpoints, {self.pid}, has not answered for {limit_s:,g} s:"
+                    " its file system hangs, or it is suspended; see whether files can be written in run.dir"
+                )
             time.sleep(_NAP_S)
 
     def close(self) -> None:
@@ -112,7 +126,9 @@ class WriterProcess:
             self._process.wait(_END_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            # What waits for a file system that hangs does not end even then.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_S)
 
     def _end(self) -> str:
         """Say how a process ended that was not asked to."""

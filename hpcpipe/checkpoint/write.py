@@ -1,5 +1,6 @@
 """From begin to commit: a checkpoint that is either whole or not there."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from hpcpipe.checkpoint.layout import MANIFEST, VIEW, Piece, file_name, leftover
 from hpcpipe.checkpoint.manifest import assemble, enter_view, render
 from hpcpipe.cluster.holder import fence_of
 from hpcpipe.errors import DamagedError, InUseError
+
+_REMADE_S = 3.0
+_NAP_S = 0.05
 
 
 def begin(root: Path, step: int) -> Path:
@@ -159,7 +163,11 @@ def abandon(partial: Path) -> None:
 def _require_lock(lock: dict[str, str]) -> None:
     """Refuse to commit what another run would take for its own."""
     path = Path(lock["path"])
-    if fence_of(path) != lock["fence"]:
+    deadline = time.monotonic() + _REMADE_S
+    # The run makes a lock that somebody removed again when it next looks.
+    while not (found := fence_of(path)) and time.monotonic() < deadline:
+        time.sleep(_NAP_S)
+    if found != lock["fence"]:
         raise InUseError(
             f"{path}: another run has taken this run directory over: nothing more is written to it; see that one job"
             " runs in a directory, or choose another run.name"

@@ -25,7 +25,9 @@ from hpcpipe.train.save import SNAPSHOT, header_of, piece_arrays, piece_specs
 from hpcpipe.train.session import Session
 from hpcpipe.train.state import State
 
-_LONGEST_WAIT_S = 3600.0
+_LONGEST_WRITE_S = 3600.0
+# A rank whose own writer does not answer gives up before the others do, and says why.
+_LONGEST_WAIT_S = _LONGEST_WRITE_S + 60.0
 _ATTEMPTS_AT_END = 2
 
 
@@ -209,9 +211,9 @@ class Checkpoints:
         Raises
         ------
         NumericsError, DiskError
-            As `after_step`; DiskError also if the last checkpoint could not be written.
+            As `after_step`; DiskError also if the last checkpoint could not be written, or, on one rank, if its writer
+            has not answered for an hour.
         """
-        timeout_s, self._waiter.timeout_s = self._waiter.timeout_s, _LONGEST_WAIT_S
         self._drain(read_back)
         problem = ""
         for _ in range(_ATTEMPTS_AT_END):
@@ -220,7 +222,6 @@ class Checkpoints:
             self._drain(True)
             self.take(facts)
             problem = self._drain(read_back) or problem
-        self._waiter.timeout_s = timeout_s
         if save and self.step != self._state.step:
             raise _on_all(
                 DiskError(f"the last checkpoint, of step {self._state.step}, could not be written: {problem}")
@@ -229,12 +230,15 @@ class Checkpoints:
     def _drain(self, read_back: bool) -> str:
         """Wait until no checkpoint is under way; return why it failed, if it did."""
         problem = ""
+        # One rank's disk may be much slower than another's.
+        timeout_s, self._waiter.timeout_s = self._waiter.timeout_s, _LONGEST_WAIT_S
         while self._phase not in (Phase.IDLE, *(() if read_back else (Phase.VERIFY,))):
             if self._phase is not Phase.COMMIT or self._session.is_root:
-                self._process.wait(self._is_answered)
+                self._process.wait(self._is_answered, _LONGEST_WRITE_S)
             row = np.array([self._answer], np.int64)
             answers = gather_rows(self._comm, self._waiter, row)[:, 0].tolist()
             problem = self._advance(tuple(answers)) or problem
+        self._waiter.timeout_s = timeout_s
         return problem
 
     def _is_answered(self, replies: list[dict[str, Any]]) -> bool:

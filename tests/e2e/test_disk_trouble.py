@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -151,6 +152,24 @@ def test_a_checkpoint_that_the_disk_has_altered_is_withdrawn(runs: Runs, finishe
     (failed,) = events(directory, "checkpoint failed")
     assert "rank-0001.h5: was altered after it was written" in failed["problem"]
     assert checkpoints(directory) == [20]
+    assert bits(directory) == bits(finished_run)
+
+
+def test_ranks_wait_for_a_slow_writer_longer_than_for_a_rank(runs: Runs, finished_run: Path) -> None:
+    settings = ("checkpoint.every=5", "checkpoint.when_busy=wait", "parallel.timeout_s=3")
+    command = runs.start("run", 2, *settings, environ={DISK: "slow=1e5"})
+    directory = runs.directory("run")
+    try:
+        wait_until(lambda: bool(list(directory.glob("checkpoints/*.partial/rank-*"))), "a checkpoint", command)
+        writer = next(pid for pid, words in command.processes().items() if "hpcpipe.checkpoint.writer" in words)
+        os.kill(writer, signal.SIGSTOP)
+        time.sleep(6)
+        os.kill(writer, signal.SIGCONT)
+        finished = command.wait(60)
+    finally:
+        command.kill()
+    assert finished.code == 0, finished.stderr
+    assert [event["step"] for event in events(directory, "checkpoint")] == [5, 10, 15, 20]
     assert bits(directory) == bits(finished_run)
 
 

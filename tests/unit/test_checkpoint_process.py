@@ -16,7 +16,7 @@ from hpcpipe.checkpoint.process import WriterProcess
 from hpcpipe.checkpoint.read import Reader
 from hpcpipe.checkpoint.snapshot import Snapshot, snapshot_bytes
 from hpcpipe.checkpoint.verify import verify
-from hpcpipe.errors import ExitCode
+from hpcpipe.errors import DiskError, ExitCode
 from hpcpipe.memory.shared import SharedBlock
 
 HEADER = {"step": 3, "model": {"layers": 2}, "val_loss": None}
@@ -134,6 +134,25 @@ def test_who_has_lost_the_lock_commits_nothing(rank, tmp_path):
     assert answer["failed"] == ExitCode.IN_USE
     assert "another run has taken this run directory over" in answer["problem"]
     assert [path.name for path in rank.root.iterdir()] == [rank.partial().name]
+
+
+def test_a_lock_that_somebody_removed_is_waited_for(rank, tmp_path):
+    record = rank.write()["record"]
+    lock = tmp_path / "lock.json"
+    order = {"do": "commit", "partial": str(rank.partial()), "header": HEADER, "records": [record]}
+    rank.process.send({**order, "lock": {"path": str(lock), "fence": "ours"}})
+    time.sleep(0.5)
+    assert rank.process.poll() == []
+    lock.write_text('{"fence": "ours"}')
+    assert "path" in rank.hear("commit")
+
+
+def test_a_suspended_writer_is_not_waited_for_for_ever(rank):
+    os.kill(rank.process.pid, signal.SIGSTOP)
+    rank.process.send({"do": "clean", "root": str(rank.root), "token": "abc"})
+    with pytest.raises(DiskError, match=f"this rank's checkpoints, {rank.process.pid}, has not answered for 0.2 s"):
+        rank.process.wait(bool, 0.2)
+    rank.process.close()
 
 
 def test_leftovers_go_but_not_those_of_this_launch(rank):
