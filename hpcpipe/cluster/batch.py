@@ -14,6 +14,7 @@ from hpcpipe.cluster import slurm
 from hpcpipe.errors import DiskError, ExitCode
 
 _KILLED = 128
+_MOST_IDLE_RELAUNCHES = 1
 _ANSWER_LIMIT_S = 60.0
 _COMMAND_LIMIT_S = 60.0
 
@@ -133,7 +134,9 @@ def decide(
     again = follows.get(code)
     if again is None or is_halted or attempts.idle >= max_idle:
         return Verdict.END, code
-    return (Verdict.REQUEUE if is_warned else again), code
+    # Nodes that answer may still be the reason; other ones may not.
+    is_in_vain = attempts.idle > _MOST_IDLE_RELAUNCHES
+    return (Verdict.REQUEUE if is_warned or is_in_vain else again), code
 
 
 def spread(nodes: Sequence[str], num_ranks: int, per_node: int, room: int) -> dict[str, int]:
@@ -188,7 +191,7 @@ def choose_ranks(
     places = spread(nodes, wanted, per_node, room)
     if places:
         return places
-    fewer = range(min(wanted, len(nodes) * per_node), 0, -1)
+    fewer = range(min(wanted, len(nodes) * max(per_node, room)), 0, -1)
     return spread(nodes, next(filter(is_valid, fewer), 0), per_node, room)
 
 

@@ -32,7 +32,12 @@ CONFIG = "[model]\nlayers = 6\n[parallel]\nmicrobatches = 4\n"
     ],
 )
 def test_what_follows_each_code(code: int, is_warned: bool, is_halted: bool, expected: tuple[Verdict, int]) -> None:
-    assert batch.decide(code, Attempts(idle=2), 3, is_warned, is_halted) == expected
+    assert batch.decide(code, Attempts(idle=1), 3, is_warned, is_halted) == expected
+
+
+def test_the_second_failure_in_vain_asks_for_other_nodes() -> None:
+    verdicts = [batch.decide(71, Attempts(idle=idle), 3, False)[0] for idle in range(4)]
+    assert verdicts == [Verdict.RELAUNCH, Verdict.RELAUNCH, Verdict.REQUEUE, Verdict.END]
 
 
 @pytest.mark.parametrize("code", [71, 75, 137])
@@ -233,7 +238,7 @@ def test_a_node_that_slurm_has_taken_away_or_knows_to_be_down(job: Job) -> None:
     (job.root / "down").write_text("n2 down*\n")
     assert job.end(71) == "relaunch 71"
     assert json.loads((job.root / "run/job-7.json").read_text())["lost"] == ["n2", "n3"]
-    assert job.end(71) == "relaunch 71"
+    assert job.begin()[2:5] == ["4", "--mpirun-arg=--host", "--mpirun-arg=n1:4"]
 
 
 def test_all_nodes_answer(job: Job) -> None:
