@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.commands import bits, events, rows, status
+from support.commands import bits, events, rows, run, status
 from support.slurm_cluster import wait_until
 from support.slurm_desk import Desk
 
@@ -90,6 +90,15 @@ def test_cancelled_is_not_requeued(desk: Desk) -> None:
     desk.cluster.run("scancel", job)
     ended = desk.wait_for(job)
     assert (ended.state, ended.restarts) == ("CANCELLED", 0), desk.explain(job)
+
+
+def test_a_halted_run_is_not_requeued(desk: Desk) -> None:
+    job = desk.submit(*ONE_NODE, environ=SLOW)
+    desk.wait_for_steps(job, 2)
+    assert run(["halt", desk.directory("run")], desk.root / "halt").code == 0
+    ended = desk.wait_for(job)
+    assert (ended.state, ended.exit_code, ended.restarts) == ("FAILED", "75:0", 0), desk.explain(job)
+    assert "(halt file)" in desk.output(job)
 
 
 def test_a_lost_node_is_left_out(desk: Desk, undisturbed: Path) -> None:
