@@ -1,13 +1,16 @@
 """``hpcpipe bench checkpoint``: what checkpoints of a model take, beside the same bytes moved by ``dd``."""
 
+import os
 import secrets
 import shutil
+import signal
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -35,6 +38,8 @@ from hpcpipe.train.state import build_state
 
 _BLOCK = "8M"
 _WAIT_S = 600.0
+_REMOVALS = 20
+_NAP_S = 0.05
 _MEASURES = ("write", "dd_write", "read_back", "restore", "dd_read")
 
 
@@ -109,7 +114,8 @@ class _Bench:
 
     def run(self, num_rounds: int) -> dict[str, Any]:
         """Measure, and return the report."""
-        root = self._session.directory.path
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._leave)
         try:
             rounds = _Rounds()
             for number in range(num_rounds + 1):
@@ -118,9 +124,23 @@ class _Bench:
                     rounds = _Rounds()
             return self._report(rounds, num_bytes)
         finally:
+            self._remove()
             self._session.grid.free()
-            if self._comm.rank == 0:
-                shutil.rmtree(root, ignore_errors=True)
+
+    def _remove(self) -> None:
+        """Remove everything that was written; writers that have not ended yet may still be adding to it."""
+        root = self._session.directory.path
+        for _ in range(_REMOVALS):
+            if self._comm.rank != 0 or not root.exists():
+                break
+            shutil.rmtree(root, ignore_errors=True)
+            time.sleep(_NAP_S)
+
+    def _leave(self, number: int, frame: FrameType | None) -> None:
+        """Leave no files behind, and end as the signal would have ended this process."""
+        self._remove()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
     def _round(self, rounds: _Rounds) -> int:
         """Measure everything once; return the bytes of all ranks' files."""

@@ -1,10 +1,11 @@
 """`hpcpipe bench` on ranks, with real messages."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
-from support.commands import run
+from support.commands import Command, run, wait_until
 
 from hpcpipe.errors import ExitCode
 from hpcpipe.schedule.build import build
@@ -127,3 +128,22 @@ def test_a_mistake_is_told_once(tmp_path: Path, words: list[object], told: str) 
     assert finished.code == ExitCode.USAGE
     assert len(finished.messages) == 1 and told in finished.messages[0]
     assert finished.stdout == ""
+
+
+@pytest.mark.parametrize(("launcher", "code"), [(("launch", "-n", 2), ExitCode.STOPPED), ((), -signal.SIGINT)])
+def test_an_interrupted_benchmark_of_checkpoints_leaves_no_files(
+    tmp_path: Path, tiny: Path, launcher: tuple[object, ...], code: int
+) -> None:
+    root = tmp_path / "runs"
+    words = [*launcher, "bench", "checkpoint", tiny, "--set", f"run.dir={root}"]
+    command = Command(words, tmp_path / "output", {"HPCPIPE_TEST_DISK": "slow=1e5"})
+    try:
+        wait_until(lambda: bool(list(root.glob("*/checkpoints/*/rank-*"))), "a checkpoint", command)
+        command.process.send_signal(signal.SIGINT)
+        finished = command.wait(20)
+        command.assert_nobody_left()
+    finally:
+        command.kill()
+    assert finished.code == code
+    assert "Traceback" not in finished.stderr
+    assert list(root.iterdir()) == []
