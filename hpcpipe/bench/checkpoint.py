@@ -114,8 +114,8 @@ class _Bench:
 
     def run(self, num_rounds: int) -> dict[str, Any]:
         """Measure, and return the report."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._leave)
+        for ending in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(ending, self._leave)
         try:
             rounds = _Rounds()
             for number in range(num_rounds + 1):
