@@ -105,7 +105,7 @@ def begin(args: argparse.Namespace) -> str:
         again = ["--resume", "auto"]
         _say(f"goes on from step {step}; attempts in a row without a newer checkpoint: {attempts.idle}")
     words = ["launch", "-n", str(sum(places.values()))]
-    words += [f"--mpirun-arg={arg}" for arg in [*args.mpirun_args, *_hosts(places, args, allocation)]]
+    words += [f"--mpirun-arg={arg}" for arg in [*args.mpirun_args, *_hosts(places, args, attempts.lost)]]
     return "".join(f"{word}\0" for word in [*words, *_spares(args.spares), "train", *args.arguments, *again])
 
 
@@ -226,9 +226,9 @@ def _places(args: argparse.Namespace, allocation: slurm.Allocation, lost: Sequen
     return batch.choose_ranks(left, wanted, per_node, room, partial(is_valid, args.arguments))
 
 
-def _hosts(places: dict[str, int], args: argparse.Namespace, allocation: slurm.Allocation) -> list[str]:
-    """Name the nodes to mpirun where they are not simply all of them."""
-    if len(places) == allocation.num_nodes and sum(places.values()) == args.ranks:
+def _hosts(places: dict[str, int], args: argparse.Namespace, lost: Sequence[str]) -> list[str]:
+    """Name the nodes to mpirun where they are not simply those of the job."""
+    if not lost and not args.spare_nodes:
         return []
     return ["--host", ",".join(f"{name}:{count}" for name, count in places.items())]
 

@@ -196,6 +196,12 @@ def test_the_first_attempt_is_the_plain_command(job: Job) -> None:
     assert job.end(0) == "end 0"
 
 
+def test_an_uneven_job_is_left_to_slurm(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "4,1(x2)")
+    assert job.begin()[:4] == ["launch", "-n", "6", "train"]
+
+
 def test_options_of_the_site_come_first(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = Job(slurm, capsys, "--mpirun-arg=--mca", "--mpirun-arg=pml", "--mpirun-arg=ucx").begin()
     assert words[3:6] == ["--mpirun-arg=--mca", "--mpirun-arg=pml", "--mpirun-arg=ucx"]
