@@ -1,8 +1,10 @@
 """What a person sees: a progress bar on a terminal, one line per step elsewhere."""
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -28,7 +30,7 @@ class Console:
             shows = sys.stdout.isatty() if rank_hint() is None else size is not None
             mode = "terminal" if shows else "lines"
         self._mode = mode
-        self._rich = RichConsole(
+        self._rich = _Rich(
             file=sys.stdout,
             force_terminal=True if mode == "terminal" else None,
             width=size[0] if size else None,
@@ -41,14 +43,12 @@ class Console:
         """Show a line of text."""
         if self._mode == "quiet":
             return
-        if self._mode == "terminal":
-            self._rich.print(text, markup=False, soft_wrap=True)
-        else:
-            try:
+        with _unless_lost():
+            if self._mode == "terminal":
+                self._rich.print(text, markup=False, soft_wrap=True)
+            else:
                 sys.stdout.write(text + "\n")
                 sys.stdout.flush()
-            except OSError as error:
-                _lose_output(error)
 
     def start(self, steps: int, done: int) -> None:
         """Begin to show progress."""
@@ -65,13 +65,15 @@ class Console:
             refresh_per_second=5,
         )
         self._task = self._progress.add_task("steps", total=steps, completed=done, numbers="")
-        self._progress.start()
+        with _unless_lost():
+            self._progress.start()
 
     def step(self, row: dict[str, Any]) -> None:
         """Show a step."""
         if self._progress is not None:
             numbers = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  bubble {row['bubble']:.0%}"
-            self._progress.update(self._task, completed=row["step"], numbers=numbers)
+            with _unless_lost():
+                self._progress.update(self._task, completed=row["step"], numbers=numbers)
             return
         self._mean_step_s += (row["step_s"] - self._mean_step_s) * (_SMOOTHING if self._mean_step_s else 1.0)
         left_s = (self._steps - row["step"]) * self._mean_step_s
@@ -85,8 +87,26 @@ class Console:
     def stop(self) -> None:
         """End the progress display."""
         if self._progress is not None:
-            self._progress.stop()
+            with _unless_lost():
+                self._progress.stop()
             self._progress = None
+
+
+class _Rich(RichConsole):
+    """Text with colours; a reader that has gone does not end the program."""
+
+    def on_broken_pipe(self) -> None:
+        """Let the caller of this know: the exception is being handled."""
+        raise
+
+
+@contextlib.contextmanager
+def _unless_lost() -> Iterator[None]:
+    """Run a block that shows something, and show nothing from then on if nobody takes it."""
+    try:
+        yield
+    except OSError as error:
+        _lose_output(error)
 
 
 def _lose_output(error: OSError) -> None:

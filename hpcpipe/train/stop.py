@@ -9,7 +9,7 @@ from hpcpipe.cluster.slurm import AllocationEnd
 from hpcpipe.errors import StoppedError
 from hpcpipe.train.halt import HaltFile
 
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _RECENT_STEPS = 20
 _MARGIN_S = 30.0
 
@@ -17,7 +17,7 @@ _MARGIN_S = 30.0
 class StopRequest:
     """Whether somebody asked this process to stop.
 
-    `hpcpipe launch` turns SIGTERM and Ctrl-C into SIGUSR1, which reaches every rank; a signal to one rank is enough,
+    `hpcpipe launch` turns SIGTERM, Ctrl-C and a closed terminal into SIGUSR1, which reaches every rank; a signal to one rank is enough,
     since the ranks tell each other at the end of every step. Further signals change nothing. Rank 0 also looks for a
     halt file, and at the time that is left of the allocation.
 
@@ -36,7 +36,9 @@ class StopRequest:
         self._end: AllocationEnd | None = None
         self._steps_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         for number in SIGNALS:
-            signal.signal(number, self._remember)
+            # Under nohup Python found it ignored, whatever MPI has made of it since.
+            if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._ask("signal", signal.Signals(number).name)

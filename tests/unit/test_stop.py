@@ -172,6 +172,17 @@ def test_the_first_request_counts(tmp_path, at_every_look):
     assert (error.by, error.exit_code, error.on_all_ranks) == ("signal", ExitCode.STOPPED, True)
 
 
+def test_a_closed_terminal_asks_to_stop_unless_that_is_ignored():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    signal.raise_signal(signal.SIGHUP)
+    assert not stop.is_set
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    stop = StopRequest()
+    signal.raise_signal(signal.SIGHUP)
+    assert (stop.kind, stop.name) == ("signal", "SIGHUP")
+
+
 def test_a_halt_file_stops_the_run(tmp_path, at_every_look):
     stop = StopRequest()
     stop.watch(HaltFile(tmp_path / "halt", pytest.fail), None)

@@ -37,8 +37,9 @@ def test_what_a_terminal_would_obey_is_shown_as_text():
     assert visible("a\nb") == "a\\nb"
 
 
+@pytest.mark.parametrize("mode", ["lines", "terminal"])
 @pytest.mark.parametrize(("is_pipe", "stops"), [(True, [signal.SIGUSR1]), (False, [])])
-def test_an_output_that_takes_no_text_does_not_end_the_run(monkeypatch, is_pipe, stops):
+def test_an_output_that_takes_no_text_does_not_end_the_run(monkeypatch, is_pipe, stops, mode):
     heard = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: heard.append(number))
     reader, writer = os.pipe()
@@ -46,9 +47,12 @@ def test_an_output_that_takes_no_text_does_not_end_the_run(monkeypatch, is_pipe,
     try:
         with os.fdopen(writer, "w") as gone, Path("/dev/full").open("w") as full:
             monkeypatch.setattr(sys, "stdout", gone if is_pipe else full)
-            console = Console("lines")
+            console = Console(mode)
             console.say("lost")
+            console.start(steps=100, done=0)
+            console.step(ROW)
             console.say("lost as well")
+            console.stop()
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert heard == stops
