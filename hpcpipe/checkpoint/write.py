@@ -1,5 +1,6 @@
 """From begin to commit: a checkpoint that is either whole or not there."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,7 +142,7 @@ def commit(
     disk.sync_directory(partial)
     if lock is not None:
         _require_lock(lock)
-    trash = disk.move_to_trash(final) if final.exists() else None
+    trash = disk.move_to_trash(final) if os.path.lexists(final) else None
     disk.rename(partial, final)
     disk.sync_directory(final.parent)
     if trash:

@@ -17,9 +17,9 @@ _MARGIN_S = 30.0
 class StopRequest:
     """Whether somebody asked this process to stop.
 
-    `hpcpipe launch` turns SIGTERM, Ctrl-C and a closed terminal into SIGUSR1, which reaches every rank; a signal to one rank is enough,
-    since the ranks tell each other at the end of every step. Further signals change nothing. Rank 0 also looks for a
-    halt file, and at the time that is left of the allocation.
+    `hpcpipe launch` turns SIGTERM, Ctrl-C and a closed terminal into SIGUSR1, which reaches every rank; a signal to one
+    rank is enough, since the ranks tell each other at the end of every step. Further signals change nothing. Rank 0
+    also looks for a halt file, and at the time that is left of the allocation.
 
     Attributes
     ----------

@@ -289,6 +289,13 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_link_that_leads_nowhere_is_replaced(tmp_path):
+    (tmp_path / "step-00000004").symlink_to("nowhere")
+    path, _ = make_checkpoint(tmp_path, 4, 1)
+    assert verify(path) == []
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
 def test_a_path_may_be_a_step_its_parent_or_the_run(tmp_path, monkeypatch):
     root = tmp_path / "checkpoints"
     make_checkpoint(root, 1, 1)
