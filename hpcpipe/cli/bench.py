@@ -43,7 +43,11 @@ _SHIFTS = {"": 0, "KiB": 10, "MiB": 20}
 
 def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     """Add the verb and its benchmarks to the command's parser."""
-    verb = subparsers.add_parser("bench", help="measure parts of hpcpipe on this machine", description=__doc__)
+    verb = subparsers.add_parser(
+        "bench",
+        help="measure parts of hpcpipe on this machine",
+        description="Measure parts of hpcpipe on this machine.",
+    )
     benchmarks = verb.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
     _add_actions(benchmarks)
     _add_gemm(benchmarks)

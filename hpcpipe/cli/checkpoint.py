@@ -25,7 +25,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     subparsers
         What ``ArgumentParser.add_subparsers`` returned.
     """
-    verb = subparsers.add_parser("checkpoint", help="show, verify or compare checkpoints", description=__doc__)
+    verb = subparsers.add_parser(
+        "checkpoint",
+        help="show, verify or compare checkpoints",
+        description="Show what a checkpoint holds, verify that it is sound, or compare two.",
+    )
     actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     shown = actions.add_parser(
@@ -46,7 +50,9 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
         "Exit code 65 when any is damaged.",
     )
     verified.add_argument("path", metavar="PATH", type=path, help=_PATH_HELP)
-    verified.add_argument("--json", action="store_true", help="print one JSON object, keys ok and problems")
+    verified.add_argument(
+        "--json", action="store_true", help="print one JSON object, keys ok, problems, newest_good and checkpoints"
+    )
     verified.set_defaults(run=run_verify)
 
     compared = actions.add_parser(

@@ -26,7 +26,9 @@ def describe_difference(found: "Comparison", paths: tuple[Path, Path], with_tens
         Lines.
     """
     lines = [f"a  {paths[0]}", f"b  {paths[1]}"]
-    lines += [f"  {key}: a {a or 'has none'}, b {b or 'has none'}" for key, a, b in found.header]
+    # No two starts have the same fence, so that it tells nothing.
+    header = [fact for fact in found.header if fact[0] != "fence"]
+    lines += [f"  {key}: a {a or 'has none'}, b {b or 'has none'}" for key, a, b in header]
     for side, keys in (("a", found.only_a), ("b", found.only_b)):
         lines += [f"  only in {side}: {kind} of {name}" for name, kind in keys]
     for kind in dict.fromkeys(tensor.kind for tensor in found.tensors):

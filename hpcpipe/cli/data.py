@@ -21,7 +21,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     subparsers
         What ``ArgumentParser.add_subparsers`` returned.
     """
-    verb = subparsers.add_parser("data", help="prepare, show or verify token files", description=__doc__)
+    verb = subparsers.add_parser(
+        "data",
+        help="prepare, show or verify token files",
+        description="Make token files, show what is in them, or check them.",
+    )
     actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     prepare = actions.add_parser(

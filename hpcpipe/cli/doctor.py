@@ -14,7 +14,7 @@ from hpcpipe.errors import ExitCode, UsageError
 if TYPE_CHECKING:
     from hpcpipe.cluster.slurm import Allocation
 
-_PACKAGES = ("numpy", "scipy", "numba", "h5py", "mpi4py")
+_PACKAGES = ("numpy", "scipy", "numba", "h5py", "blake3", "mpi4py")
 _RECOVERY = (
     "not part of this version: when a rank fails, the run ends with exit code 71, "
     "and the same command goes on from the newest checkpoint"

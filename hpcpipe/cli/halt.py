@@ -53,7 +53,10 @@ def run(args: argparse.Namespace) -> int:
     elif args.at_time is not None:
         text = f"time {args.at_time}"
     now_s = time.time()
-    halt = parse_halt(text, now_s)
+    try:
+        halt = parse_halt(text, now_s)
+    except UsageError:
+        raise UsageError(f"--at-time {args.at_time}: give a time such as 18:00 or 2026-01-31T18:00:00Z") from None
     write_whole(directory.halt, text + "\n")
     when = "now" if halt.time_s is None else time.strftime("at %Y-%m-%d %H:%M:%S", time.localtime(halt.time_s))
     print(f"{args.directory}: asked to stop {f'after step {args.at_step}' if args.at_step is not None else when}")

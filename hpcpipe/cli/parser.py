@@ -5,9 +5,18 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NoReturn
 
 from hpcpipe.errors import UsageError
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps descriptions that have lines of their own, and breaks those of one line to the width of the terminal."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        laid_out = "\n" in text
+        return super()._fill_text(text, width, indent) if laid_out else fill(text, width)
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("formatter_class", _HelpFormatter)
         super().__init__(**kwargs)
 
     def error(self, message: str) -> NoReturn:

@@ -45,7 +45,11 @@ def add_parser(subparsers: "argparse._SubParsersAction[Any]") -> None:
     subparsers
         What ``ArgumentParser.add_subparsers`` returned.
     """
-    verb = subparsers.add_parser("schedule", help="show, check or simulate schedules", description=__doc__)
+    verb = subparsers.add_parser(
+        "schedule",
+        help="show, check or simulate schedules",
+        description="Look at a schedule, prove it, or run it against a clock.",
+    )
     actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     shown = actions.add_parser(

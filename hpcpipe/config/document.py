@@ -29,11 +29,11 @@ def to_markdown() -> str:
     parts = [HEAD]
     for section in fields(Config):
         kind: Any = section.type
-        docs = {entry.name: entry.metadata["doc"] for entry in fields(kind)}
+        docs = {entry.name: escape(entry.metadata["doc"], quote=False) for entry in fields(kind)}
         parts += [f"## [{section.name}]\n", f"{kind.__doc__}\n"]
         rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
         rows += [
-            f"| `{entry.name}` | {describe(entry.type)} | `{as_toml(entry.default)}` | {escape(docs[entry.name])} |"
+            f"| `{entry.name}` | {describe(entry.type)} | `{as_toml(entry.default)}` | {docs[entry.name]} |"
             for entry in fields(kind)
         ]
         parts.append("\n".join(rows) + "\n")

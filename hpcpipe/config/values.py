@@ -52,7 +52,7 @@ def _convert_union(value: object, kind: UnionType) -> Any:
             try:
                 return convert(value, member)
             except Mismatch as mismatch:
-                raise Mismatch(f"{describe(kind)}: {mismatch}" if isinstance(value, list) else describe(kind)) from None
+                raise Mismatch(f"{describe(kind)}: {mismatch}" if isinstance(value, list) else str(mismatch)) from None
     raise Mismatch(describe(kind))
 
 

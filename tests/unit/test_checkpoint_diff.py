@@ -74,8 +74,9 @@ def test_a_run_directory_stands_for_its_newest(call, tmp_path):
 def test_headers_that_only_say_who_wrote_it_do_not_make_a_difference(call, tmp_path):
     data = {("w", "weight"): np.ones(3, np.float32)}
     a = write(tmp_path / "a", data, grid={"pipeline": 8, "data": 1})
-    b = write(tmp_path / "b", data, val_loss=1.5)
+    b = write(tmp_path / "b", data, val_loss=1.5, fence="of another start")
     code, text = call(a, b)
+    assert "fence" not in text
     assert code == 0
     assert "grid.pipeline: a 8, b 2\n" in text
     assert "val_loss: a has none, b 1.5\n" in text

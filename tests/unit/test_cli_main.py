@@ -44,6 +44,24 @@ def test_every_verb_has_help(verb: str, capsys: Captured) -> None:
     assert f"usage: hpcpipe {verb}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [["data"], ["schedule"], ["checkpoint"], ["checkpoint", "diff"], ["bench"]])
+def test_descriptions_fit_the_terminal_and_have_no_markup(
+    words: list[str], capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main.main([*words, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "``" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_a_time_to_halt_that_is_none(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "config.toml").touch()
+    assert main.main(["halt", str(tmp_path), "--at-time", "25:00"]) == 64
+    assert "--at-time 25:00: give a time such as 18:00 or" in capsys.readouterr().err
+    assert not (tmp_path / "halt").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -124,6 +124,7 @@ def test_unknown_names_lead_to_the_nearest_known_one(write, text, words):
         ("[parallel]\npartition = 3", ["parallel.partition = 3", "a string or a list of integers"]),
         ("[parallel]\npartition = [1, 2.5]", ["[1, 2.5]", "a string or a list of integers"]),
         ("[parallel]\npartition = [1, -2]", ["[1, -2]", "at least 0"]),
+        ("[checkpoint]\nevery = -1", ["checkpoint.every = -1: expected an integer of at least 0"]),
         ("[run]\nname = '../up'", ['run.name = "../up"', "letters"]),
         ("[run]\nname = '.hidden'", ["run.name", "the first a letter or digit"]),
         ("[run]\nname = ''", ['run.name = ""']),
