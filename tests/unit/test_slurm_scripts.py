@@ -185,8 +185,11 @@ def test_a_warning_reaches_launch_and_its_code_comes_back(
     assert "--code 75 --warned " in (tmp_path / "asked").read_text()
 
 
-@pytest.mark.parametrize(("state", "expected"), [("RUNNING", True), ("COMPLETING", False)])
-def test_after_term_only_a_running_job_is_requeued(
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [("RUNNING None", True), ("COMPLETING TimeLimit", True), ("COMPLETING None", False), ("", False)],
+)
+def test_after_term_a_job_that_runs_or_ran_out_of_time_is_requeued(
     tmp_path: Path, environ: dict[str, str], state: str, expected: bool
 ) -> None:
     """A job that was cancelled, or is being requeued by Slurm, must stay so."""
