@@ -120,6 +120,7 @@ class Checkpoints:
         self._reply: dict[str, Any] = {}
         self._num_failures, self._num_taken = 0, 0
         self._step_before = state.step
+        self._is_retaining = False
         self._began_s, self._blocked_by_this_s = 0.0, 0.0
         self._writing_step = 0
         self._header: dict[str, Any] = {}
@@ -226,6 +227,8 @@ class Checkpoints:
             raise _on_all(
                 DiskError(f"the last checkpoint, of step {self._state.step}, could not be written: {problem}")
             )
+        if read_back:
+            self._process.wait(self._has_retained, _LONGEST_WRITE_S)
 
     def _drain(self, read_back: bool) -> str:
         """Wait until no checkpoint is under way; return why it failed, if it did."""
@@ -246,8 +249,14 @@ class Checkpoints:
             self._hear(reply)
         return self._answer is not Answer.NONE
 
+    def _has_retained(self, replies: list[dict[str, Any]]) -> bool:
+        for reply in replies:
+            self._hear(reply)
+        return not self._is_retaining
+
     def _hear(self, reply: dict[str, Any]) -> None:
         """Take note of what the writer says."""
+        self._is_retaining &= "died" not in reply and reply["do"] != "retain"
         is_lost = "died" in reply and self._phase is not Phase.IDLE and self._answer is Answer.NONE
         if is_lost or reply.get("do") == self._phase.name.lower():
             self._reply = {**reply, "failed": ExitCode.DISK, "problem": reply["died"]} if is_lost else reply
@@ -316,6 +325,7 @@ class Checkpoints:
             rules = {"keep": keep.keep, "keep_every": keep.keep_every, "keep_best": keep.keep_best}
             root = str(self._session.directory.checkpoints)
             self._process.send({"do": "retain", "root": root, "newest": str(self._path), **rules})
+            self._is_retaining = True
 
     def _fail(self) -> str:
         """Give the checkpoint up; every rank learns why."""

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -75,6 +76,10 @@ def test_training_goes_on_after_a_failed_checkpoint(runs: Runs, finished_run: Pa
     assert words in failed["problem"]
     assert f"checkpoint of step 5 failed (1 in a row): {failed['problem']}" in finished.stdout
     assert checkpoints(directory) == [10, 15, 20]
+    written = re.findall(
+        r"^checkpoint of step (\d+) written in [\d.]+ s; training waited \d+ ms$", finished.stdout, re.M
+    )
+    assert written == ["10", "15", "20"]
     assert not list(directory.glob("checkpoints/*partial"))
     assert bits(directory) == bits(finished_run)
     assert_all_sound(runs, directory)
@@ -199,6 +204,16 @@ def test_checkpoints_that_cannot_be_read_back_are_failures_in_a_row(runs: Runs) 
         finished, directory, "2 checkpoints in a row failed (checkpoint.max_failures), the last with:"
     )
     assert [event["step"] for event in events(directory, "checkpoint failed")] == [5, 10]
+
+
+def test_the_end_waits_until_old_checkpoints_are_removed(runs: Runs) -> None:
+    """The third name that rank 0's writer changes is that of step 10, which then is not to be kept."""
+    finished = runs.train("run", 2, "checkpoint.keep=1", environ={DISK: "fail=rename:EIO:3"})
+    directory = runs.directory("run")
+    assert finished.code == 0, finished.stderr
+    (failed,) = events(directory, "checkpoint clean-up failed")
+    assert "Input/output error" in failed["problem"] and failed["problem"] in finished.stdout
+    assert checkpoints(directory) == [10, 20]
 
 
 @contextlib.contextmanager
