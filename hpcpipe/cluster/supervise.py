@@ -218,6 +218,9 @@ class _Watch:
             self.was_killed = True
             kill_session(self._process.pid)
             return
+        if signum == signal.SIGINT and self._num_interrupts == 1 and sys.stderr.isatty():
+            # The terminal has just shown ^C behind the progress bar.
+            self.err.add(b"\nhpcpipe: note: the run is asked to stop; a third Ctrl-C kills it at once\n")
         self._ask_to_stop()
 
     def _ask_to_stop(self) -> None:

@@ -50,6 +50,11 @@ class Console:
                 sys.stdout.write(text + "\n")
                 sys.stdout.flush()
 
+    def log(self, text: str) -> None:
+        """Show a line for a log file; a terminal keeps to its progress bar."""
+        if self._mode == "lines":
+            self.say(text)
+
     def start(self, steps: int, done: int) -> None:
         """Begin to show progress."""
         self._steps = steps

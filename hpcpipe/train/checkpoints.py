@@ -310,6 +310,10 @@ class Checkpoints:
             blocked_s=self._blocked_by_this_s,
             interval_s=self._cadence.seconds or None,
         )
+        session.console.log(
+            f"checkpoint of step {self.step} written in {seconds:.2f} s; training waited"
+            f" {self._blocked_by_this_s * 1e3:.0f} ms"
+        )
         session.status(self._state.step, None)
         self._enter(Phase.VERIFY, Answer.NONE if self._has_pieces else Answer.DONE)
         if self._has_pieces:

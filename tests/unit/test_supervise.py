@@ -33,6 +33,20 @@ def test_code_and_text_pass_unchanged(capfd: Captured) -> None:
     assert (shown.out, shown.err) == ("out\n", "one\ntwo")
 
 
+def test_ctrl_c_is_answered_on_a_terminal_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.openpty()
+    program = (
+        "import os, signal, time; signal.signal(signal.SIGUSR1, signal.SIG_IGN)\n"
+        "for _ in range(2): time.sleep(0.3); os.kill(os.getppid(), signal.SIGINT)"
+    )
+    with os.fdopen(reader, "rb", 0) as shown, os.fdopen(writer, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert run(program).was_asked_to_stop
+        terminal.close()  # a reader would wait for more
+        text = shown.read(1000).decode()
+    assert text.count("hpcpipe: note: the run is asked to stop; a third Ctrl-C kills it at once") == 1
+
+
 def test_a_launcher_that_hangs_after_the_run_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervise, "_FINAL_GRACE_S", 0.5)
     monkeypatch.setattr(supervise, "_HANG_CHECK_S", 0.1)
