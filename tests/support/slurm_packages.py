@@ -14,6 +14,7 @@ PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sinfo", "sbatch", "srun",
 REQUIRE = "HPCPIPE_REQUIRE_SLURM"
 """Variable that turns a skip into a failure, where the caller knows that Slurm can be had."""
 
+_PMIX = Path(f"/usr/lib/{platform.machine()}-linux-gnu/pmix2/lib")
 _SYSTEM_FOLDERS = ("/usr/local/sbin", "/usr/sbin", "/sbin")
 _APT_LIMIT_S = 180
 
@@ -75,8 +76,12 @@ def _install() -> str:
     return f"{wanted} ({trouble})"
 
 
+def has_pmix() -> bool:
+    """Tell whether ``srun --mpi=pmix`` finds its library."""
+    return (_PMIX / "libpmix.so").exists()
+
+
 def _link_pmix() -> None:
     """Make the link that Debian ships in ``libpmix-dev`` only, and that Slurm's plugin opens by its full name."""
-    folder = Path(f"/usr/lib/{platform.machine()}-linux-gnu/pmix2/lib")
-    if (folder / "libpmix.so.2").exists() and not (folder / "libpmix.so").exists() and os.access(folder, os.W_OK):
-        (folder / "libpmix.so").symlink_to("libpmix.so.2")
+    if (_PMIX / "libpmix.so.2").exists() and not has_pmix() and os.access(_PMIX, os.W_OK):
+        (_PMIX / "libpmix.so").symlink_to("libpmix.so.2")
