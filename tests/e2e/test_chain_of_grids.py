@@ -8,7 +8,7 @@ from support.commands import events, status
 from support.runs import Runs
 
 NINE_LAYERS = ("model.layers=9",)
-CHAIN = [(8, 1), (4, 1), (2, 2), (1, 1), (4, 2), (8, 1)]
+CHAIN = [(8, 1), (4, 1), (2, 2), (1, 1), (8, 1)]
 """Stages and replicas of each leg."""
 STEPS_PER_LEG = 3
 
@@ -37,7 +37,7 @@ def test_eight_four_two_by_two_one_and_eight_again(runs: Runs) -> None:
         assert status(directory)["step"] == leg * STEPS_PER_LEG
         assert text_of_rows(directory) == text_of_rows(whole)[: len(text_of_rows(directory))]
     assert text_of_rows(directory) == text_of_rows(whole)
-    assert [event["step"] for event in events(directory, "resumed")] == [3, 6, 9, 12, 15]
+    assert [event["step"] for event in events(directory, "resumed")] == [3, 6, 9, 12]
     finished = runs.hpcpipe(
         "checkpoint", "diff", *(path / f"checkpoints/step-{num_steps:08d}" for path in (whole, directory)), "--json"
     )
