@@ -155,7 +155,7 @@ class _Bench:
             checkpoints_s + self._time(lambda: checkpoints.finish({}, save=True, read_back=False))
         )
         num_bytes = own.stat().st_size if own.exists() else 0
-        rounds.seconds["read_back"].append(self._time(lambda: checkpoints.finish({}, save=False, read_back=True)))
+        rounds.seconds["read_back"].append(self._time(self._read_back))
         source = f"/proc/self/fd/{self._writer.block.handle}"
         handles = (self._writer.block.handle,)
         rounds.seconds["dd_write"].append(
@@ -168,6 +168,15 @@ class _Bench:
         if self._comm.rank == 0:
             shutil.rmtree(path)
         return int(gather_rows(self._comm, self._waiter, np.array([num_bytes], np.int64)).sum())
+
+    def _read_back(self) -> None:
+        """Wait until the checkpoint was read back from the disk, all ranks together."""
+        self._checkpoints.finish({}, save=False, read_back=True)
+        if self._checkpoints.step != self._state.step:
+            raise DiskError(
+                f"{self._session.directory.path}: what was written there could not be read back: the device or the"
+                " server failed: check its log, or set run.dir to another file system"
+            )
 
     def _restore(self, path: Path) -> None:
         manifest = load_manifest(path)

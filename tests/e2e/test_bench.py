@@ -147,3 +147,12 @@ def test_an_interrupted_benchmark_of_checkpoints_leaves_no_files(
     assert finished.code == code
     assert "Traceback" not in finished.stderr
     assert list(root.iterdir()) == []
+
+
+def test_a_benchmark_of_checkpoints_on_a_disk_that_cannot_be_read_says_so(tmp_path: Path, tiny: Path) -> None:
+    root = tmp_path / "runs"
+    words = ["launch", "-n", 2, "bench", "checkpoint", tiny, "--set", f"run.dir={root}"]
+    finished = run(words, tmp_path / "output", {"HPCPIPE_TEST_DISK": "fail=read:EIO"})
+    assert finished.code == ExitCode.DISK, finished.stderr
+    assert "what was written there could not be read back" in finished.stderr
+    assert list(root.iterdir()) == []
