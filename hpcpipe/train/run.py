@@ -246,9 +246,11 @@ def _introduce(session: Session, state: State, tokens: TokenFile, plan: Plan, ne
     """Say what is about to run."""
     config, grid, say = session.config, session.grid, session.console.say
     model, parallel = config.model, config.parallel
-    say(f"hpcpipe {hpcpipe.__version__}: {grid.comm.size} ranks = pipeline of {grid.pipeline} x {grid.data} replicas")
+    ranks = "1 rank" if grid.comm.size == 1 else f"{grid.comm.size} ranks"
+    stages = "1 stage" if parallel.chunks == 1 else f"{parallel.chunks} stages"
+    say(f"hpcpipe {hpcpipe.__version__}: {ranks} = pipeline of {grid.pipeline} x {grid.data} replicas")
     say(
-        f"schedule: {parallel.schedule}, {parallel.chunks} stage(s) per rank, {parallel.microbatches} microbatches of"
+        f"schedule: {parallel.schedule}, {stages} per rank, {parallel.microbatches} microbatches of"
         f" {parallel.microbatch_size} samples"
     )
     say(describe_plan(plan))
