@@ -1,4 +1,4 @@
-"""What a token file contains: the HDF5 layout of docs/file-formats.md in one place."""
+"""What a token file contains: the HDF5 layout of docs/run-files.md in one place."""
 
 import hashlib
 import zlib
