@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         The file could not be written.
     """
     from hpcpipe.telemetry.files import write_whole
+    from hpcpipe.telemetry.status import read_status
     from hpcpipe.train.directory import RunDirectory
     from hpcpipe.train.halt import parse_halt
 
@@ -61,5 +62,7 @@ def run(args: argparse.Namespace) -> int:
     when = "now" if halt.time_s is None else time.strftime("at %Y-%m-%d %H:%M:%S", time.localtime(halt.time_s))
     print(f"{args.directory}: asked to stop {f'after step {args.at_step}' if args.at_step is not None else when}")
     if not directory.lock.exists():
-        print("nothing runs there now: the next start will stop")
+        done = read_status(args.directory).get("state") == "done"
+        more = "the run is done; one that goes on with more steps will stop" if done else "the next start will stop"
+        print(f"nothing runs there now: {more}; take the request back with --cancel")
     return 0

@@ -140,9 +140,10 @@ def note_refusal(directory: Path, launch_id: str, exit_code: int, cause: str) ->
 def newest_checkpoint(directory: Path) -> int:
     """Return the step of the newest complete checkpoint, 0 without any; only names are read."""
     try:
-        names = [path.name.removeprefix("step-") for path in (directory / "checkpoints").glob("step-*")]
+        found = [path for path in (directory / "checkpoints").glob("step-*") if path.is_dir() and not path.is_symlink()]
     except OSError:
         return 0
+    names = (path.name.removeprefix("step-") for path in found)
     return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
