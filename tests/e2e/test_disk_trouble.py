@@ -120,7 +120,7 @@ def test_a_stop_that_meets_a_full_disk_says_what_is_lost(runs: Runs) -> None:
 
 def test_a_killed_writer_costs_one_checkpoint(runs: Runs, finished_run: Path) -> None:
     settings = ("checkpoint.every=5", "checkpoint.keep=0", "checkpoint.when_busy=skip")
-    command = runs.start("run", 2, *settings, environ={DISK: "slow=1e5", **SLOW_STEPS})
+    command = runs.start("run", 2, *settings, environ={DISK: "slow=5e5", **SLOW_STEPS})
     directory = runs.directory("run")
     try:
         wait_until(lambda: bool(list(directory.glob("checkpoints/*.partial/rank-*"))), "a checkpoint", command)
@@ -142,7 +142,7 @@ def test_a_killed_writer_costs_one_checkpoint(runs: Runs, finished_run: Path) ->
 def test_a_checkpoint_that_the_disk_has_altered_is_withdrawn(runs: Runs, finished_run: Path) -> None:
     """Between the commit and the reading back, somebody alters a file."""
     settings = ("checkpoint.every=10", "checkpoint.keep=0")
-    command = runs.start("run", 2, *settings, environ={DISK: "slow=1e5", **SLOW_STEPS})
+    command = runs.start("run", 2, *settings, environ={DISK: "slow=5e5", **SLOW_STEPS})
     directory = runs.directory("run")
     file = directory / "checkpoints/step-00000010/rank-0001.h5"
     try:
@@ -162,7 +162,7 @@ def test_a_checkpoint_that_the_disk_has_altered_is_withdrawn(runs: Runs, finishe
 
 def test_ranks_wait_for_a_slow_writer_longer_than_for_a_rank(runs: Runs, finished_run: Path) -> None:
     settings = ("checkpoint.every=5", "checkpoint.when_busy=wait", "parallel.timeout_s=3")
-    command = runs.start("run", 2, *settings, environ={DISK: "slow=1e5"})
+    command = runs.start("run", 2, *settings, environ={DISK: "slow=5e5"})
     directory = runs.directory("run")
     try:
         wait_until(lambda: bool(list(directory.glob("checkpoints/*.partial/rank-*"))), "a checkpoint", command)

@@ -140,6 +140,7 @@ def test_more_steps_than_were_planned(runs: Runs, copy_of_finished) -> None:
     assert [row["step"] for row in step_rows(directory)] == list(range(1, 25))
 
 
+@pytest.mark.slow
 def test_one_run_on_four_grids(runs: Runs, finished_run: Path) -> None:
     grids = [(2, 1, 2, "1f1b", 6), (4, 1, 4, "1f1b", 11), (3, 3, 1, "gpipe", 15), (4, 2, 2, "zb-v", 20)]
     for num_ranks, pipeline, data, schedule, steps in grids:

@@ -24,6 +24,7 @@ def test_an_array_of_three_learning_rates(desk: Desk, undisturbed: Path) -> None
     assert bits(directories[0]) != bits(directories[1]) != bits(directories[2])
 
 
+@pytest.mark.slow
 def test_one_task_of_an_array_is_requeued_alone(desk: Desk, undisturbed: Path) -> None:
     job = desk.submit("--array=0-1", *ONE_NODE, name="", script=SWEEP, environ={**SLOW, "HPCPIPE_RATES": "3e-3 9e-3"})
     for task in range(2):

@@ -27,10 +27,13 @@ class Told:
     """Takes what a run says and notes, on every rank."""
 
     def __init__(self):
-        self.lines, self.events = [], []
+        self.lines, self.logged, self.events = [], [], []
 
     def say(self, text):
         self.lines.append(text)
+
+    def log(self, text):
+        self.logged.append(text)
 
     def add(self, event, **facts):
         self.events.append({"event": event, **facts})
