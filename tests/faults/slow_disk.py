@@ -42,7 +42,8 @@ def train(args: argparse.Namespace, root: Path, name: str, every: int, disk: str
         words += ["--set", f"{key}={value}"]
     environ = {**os.environ, **({"HPCPIPE_TEST_DISK": disk} if disk else {})}
     subprocess.run(words, env=environ, check=True, stdout=subprocess.DEVNULL)
-    steps = [row["step_s"] for row in rows(root / name / "metrics.jsonl") if "step_s" in row][WARMUP_STEPS:]
+    every_step = [row["step_s"] for row in rows(root / name / "metrics.jsonl") if "step_s" in row]
+    steps = every_step[WARMUP_STEPS:]
     events = [event for event in rows(root / name / "events.jsonl") if 0 < event.get("step", 0) < args.steps]
     blocked = [event["blocked_s"] for event in events if event["event"] == "checkpoint"]
     return {
@@ -50,9 +51,28 @@ def train(args: argparse.Namespace, root: Path, name: str, every: int, disk: str
         "mean_s": (sum(steps) + sum(blocked)) / len(steps),
         "blocked_s": median(blocked) if blocked else 0.0,
         "share": sum(blocked) / (sum(steps) + sum(blocked)),
+        "meanwhile": meanwhile(every_step, [event for event in events if event["event"] == "checkpoint"]),
         "written": len(blocked),
         "skipped": sum(event["event"] == "checkpoint skipped" for event in events),
     }
+
+
+def meanwhile(steps: list[float], events: list[dict[str, Any]]) -> float:
+    """Return the median step while a checkpoint was being written, over that of the other steps of the same run.
+
+    Steps while one was being read back, which takes as long again, count as neither.
+    """
+    during, others = [], set(range(WARMUP_STEPS, len(steps)))
+    for event in events:
+        elapsed_s = 0.0
+        for index in range(event["step"], len(steps)):
+            elapsed_s += steps[index]
+            if elapsed_s > 2.5 * event["seconds"]:
+                break
+            others.discard(index)
+            if elapsed_s <= event["seconds"]:
+                during.append(steps[index])
+    return median(during) / median(steps[index] for index in others) if during and others else 1.0
 
 
 def main() -> None:
@@ -84,6 +104,12 @@ def main() -> None:
         share = f"{median(r['share'] for r in results):.2%}"
         counts = [f"{median(r[key] for r in results):g}" for key in ("written", "skipped")]
         print(f"| {kind} | {' | '.join([*ms, share, *counts])} |")
+    for kind, results in list(found.items())[1:]:
+        ratios = sorted(result["meanwhile"] for result in results)
+        spread = f"{ratios[0] - 1:+.1%} to {ratios[-1] - 1:+.1%}"
+        print(
+            f"\n{kind}: steps while one is written beside others of the same run {median(ratios) - 1:+.1%} ({spread})"
+        )
     base, *others = found.values()
     for kind, results in zip(list(kinds)[1:], others, strict=True):
         for key, words in (("median_s", "median step"), ("mean_s", "mean step with waiting")):
