@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 from support.small_training import Training
+from support.snapshots import allocate_snapshot
 
 from hpcpipe.kernels.threads import Team
 from hpcpipe.memory.block import allocated_bytes
@@ -42,11 +43,14 @@ def test_every_rank_allocates_what_was_predicted(comm, schedule, recompute, prec
             threads=threads,
             team=team,
         )
+        snapshot = allocate_snapshot(training.state)
         allocated = Counter(allocated_bytes()) - before
         predicted = predict_memory(training.config, training.schedule, training.grid.stage_rank, training.grid.replica)
         assert allocated == predicted
         assert allocated["sums"] > 0
         training.run(1)
         assert Counter(allocated_bytes()) - before == predicted
+        assert snapshot.nbytes == predicted["snapshot"]
+        del snapshot
         training.close()
     team.close()

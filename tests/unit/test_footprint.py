@@ -5,13 +5,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from support.snapshots import allocate_snapshot
 
-from hpcpipe.checkpoint.snapshot import snapshot_bytes
 from hpcpipe.config.check import check_stages, resolve
 from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
 from hpcpipe.errors import UsageError
 from hpcpipe.memory.block import allocated_bytes
-from hpcpipe.memory.shared import SharedBlock
 from hpcpipe.model.gpt2 import build_layers
 from hpcpipe.model.partition import partition
 from hpcpipe.mpi.shards import receive_elements
@@ -22,7 +21,7 @@ from hpcpipe.schedule.build import GENERATORS, build, build_forward
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.footprint import predict_bytes, predict_largest_bytes, predict_memory, require_memory
 from hpcpipe.train.gradients import Gradients
-from hpcpipe.train.save import SNAPSHOT, piece_specs
+from hpcpipe.train.save import SNAPSHOT
 from hpcpipe.train.session import build_schedule
 from hpcpipe.train.state import build_state
 
@@ -51,10 +50,7 @@ def allocate(config, program, rank, replica):
     executor = Executor(program, rank, stages, NoTransport(), work)
     forward = build_forward(program.stage_to_rank, 5)
     evaluator = Executor(forward, rank, state.compute_stages(4), NoTransport(), work, executor.memory)
-    shared = SharedBlock(SNAPSHOT)
-    snapshot = shared.allocate(snapshot_bytes(spec.num_bytes for spec in piece_specs(state)))
-    shared.close()
-    return executor, evaluator, snapshot
+    return executor, evaluator, allocate_snapshot(state)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
