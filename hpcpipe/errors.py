@@ -1,6 +1,7 @@
 """Every error that hpcpipe raises for a person to read, each with the exit code of its kind."""
 
 from enum import IntEnum
+from typing import Self
 
 
 class ExitCode(IntEnum):
@@ -41,6 +42,11 @@ class HpcpipeError(Exception):
 
     exit_code = ExitCode.RANK_FAILED
     on_all_ranks = False
+
+    def on_all(self) -> Self:
+        """Note that every rank raises it, and return it."""
+        self.on_all_ranks = True
+        return self
 
 
 class UsageError(HpcpipeError):

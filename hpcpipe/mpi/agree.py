@@ -36,9 +36,7 @@ def agree(comm: MPI.Intracomm, waiter: Waiter, error: HpcpipeError | None) -> No
     # Names of files that are not UTF-8 are surrogates in Python.
     content = str(error).encode("utf-8", "surrogatepass") if comm.rank == root else None
     text = broadcast_bytes(comm, waiter, content, root).decode("utf-8", "surrogatepass")
-    agreed = BY_CODE[int(codes[root])](text)
-    agreed.on_all_ranks = True
-    raise agreed from error
+    raise BY_CODE[int(codes[root])](text).on_all() from error
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 from hpcpipe.checkpoint.layout import partial_name, step_name
 from hpcpipe.checkpoint.process import WriterProcess
 from hpcpipe.checkpoint.snapshot import Snapshot, snapshot_bytes
-from hpcpipe.errors import BY_CODE, DiskError, ExitCode, HpcpipeError
+from hpcpipe.errors import BY_CODE, DiskError, ExitCode
 from hpcpipe.memory.shared import SharedBlock
 from hpcpipe.mpi.collectives import broadcast_bytes, gather_bytes, gather_bytes_at, gather_rows
 from hpcpipe.train.cadence import Cadence, Costs
@@ -125,13 +125,11 @@ class Checkpoints:
         self._writing_step = 0
         self._header: dict[str, Any] = {}
         self._costs = Costs()
-        self._fence = {"fence": lock["fence"]} if lock else {}
 
     @property
     def answer(self) -> Answer:
         """What this rank's writer has said of the order of the phase, for the row that the ranks share."""
-        for reply in self._process.poll():
-            self._hear(reply)
+        self._hear_all(self._process.poll())
         return self._answer
 
     @property
@@ -190,7 +188,8 @@ class Checkpoints:
         with _Timed(self._add_blocked):
             self._snapshot.take(piece_arrays(self._state))
             if session.is_root:
-                self._header = header_of(self._state, session.grid, self._data, {**facts, **self._fence})
+                fence = {"fence": self._lock["fence"]} if self._lock else {}
+                self._header = header_of(self._state, session.grid, self._data, {**facts, **fence})
             self._enter(Phase.WRITE, Answer.NONE if self._has_pieces else Answer.DONE)
             if self._has_pieces:
                 self._process.send({"do": "write", "step": step, "partial": str(self._partial)})
@@ -224,9 +223,8 @@ class Checkpoints:
             self.take(facts)
             problem = self._drain(read_back) or problem
         if save and self.step != self._state.step:
-            raise _on_all(
-                DiskError(f"the last checkpoint, of step {self._state.step}, could not be written: {problem}")
-            )
+            text = f"the last checkpoint, of step {self._state.step}, could not be written: {problem}"
+            raise DiskError(text).on_all()
         if read_back:
             self._process.wait(self._has_retained, _LONGEST_WRITE_S)
 
@@ -245,14 +243,16 @@ class Checkpoints:
         return problem
 
     def _is_answered(self, replies: list[dict[str, Any]]) -> bool:
-        for reply in replies:
-            self._hear(reply)
+        self._hear_all(replies)
         return self._answer is not Answer.NONE
 
     def _has_retained(self, replies: list[dict[str, Any]]) -> bool:
+        self._hear_all(replies)
+        return not self._is_retaining
+
+    def _hear_all(self, replies: list[dict[str, Any]]) -> None:
         for reply in replies:
             self._hear(reply)
-        return not self._is_retaining
 
     def _hear(self, reply: dict[str, Any]) -> None:
         """Take note of what the writer says."""
@@ -348,15 +348,12 @@ class Checkpoints:
         session.events.add("checkpoint failed", step=step, problem=problem, in_a_row=self._num_failures)
         error = BY_CODE.get(code, DiskError)(problem)
         if not isinstance(error, DiskError) and code != ExitCode.DAMAGED:
-            raise _on_all(error)
+            raise error.on_all()
         session.console.say(f"checkpoint of step {step} failed ({self._num_failures} in a row): {problem}")
         if self._num_failures >= session.config.checkpoint.max_failures:
-            raise _on_all(
-                DiskError(
-                    f"{self._num_failures} checkpoints in a row failed (checkpoint.max_failures), the last with:"
-                    f" {problem}"
-                )
-            )
+            raise DiskError(
+                f"{self._num_failures} checkpoints in a row failed (checkpoint.max_failures), the last with: {problem}"
+            ).on_all()
         return str(problem)
 
     @property
@@ -385,8 +382,3 @@ class _Timed:
 
     def __exit__(self, *_: object) -> None:
         self._add(time.perf_counter() - self._start)
-
-
-def _on_all(error: HpcpipeError) -> HpcpipeError:
-    error.on_all_ranks = True
-    return error

@@ -149,8 +149,7 @@ class Loop:
                 f" lower train.learning_rate ({self._session.config.train.learning_rate:g}) and go on from the last"
                 " checkpoint"
             )
-            error.on_all_ranks = True
-            raise error
+            raise error.on_all()
         if self._metrics is not None:
             row = {"step": self._state.step, "val_loss": evaluation.val_loss, "bits_per_byte": evaluation.bits_per_byte}
             self._metrics.add(row)

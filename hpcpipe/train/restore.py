@@ -89,7 +89,7 @@ def find_checkpoint(
                 _require_newest(root, manifest.step)
         return path, manifest
     if problems:
-        raise _on_all(DamagedError(f"no checkpoint could be used: {'; '.join(problems)}"))
+        raise DamagedError(f"no checkpoint could be used: {'; '.join(problems)}").on_all()
     return None
 
 
@@ -152,8 +152,3 @@ def _require_newest(root: Path, step: int) -> None:
 def _require_sound(problems: list[str]) -> None:
     if problems:
         raise DamagedError("; ".join(problems))
-
-
-def _on_all(error: DamagedError) -> DamagedError:
-    error.on_all_ranks = True
-    return error

@@ -252,8 +252,7 @@ class Trainer:
                 f"step {self._step}: loss {loss}, gradient norm {norm}: nothing was updated; lower train.learning_rate"
                 f" ({train.learning_rate:g}) or train.clip ({train.clip:g}) and go on from the last checkpoint"
             )
-            error.on_all_ranks = True
-            raise error
+            raise error.on_all()
         rate = learning_rate(train, self._step)
         scale = clip_factor(norm, train.clip) / state.tokens_per_step
         return _Agreed(loss, norm, rate, scale, self._rows.bubble(), self._rows.heard())

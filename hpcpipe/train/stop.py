@@ -96,8 +96,7 @@ class StopRequest:
         """
         error = StoppedError(f"asked to stop ({self.name or 'a signal on another rank'}) {when}{advice}")
         error.by = self.kind or "signal"
-        error.on_all_ranks = True
-        return error
+        return error.on_all()
 
 
 def time_needed(step_s: float, checkpoint_s: float) -> float:
