@@ -24,7 +24,7 @@ def assemble(header: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[
     header : dict
         JSON-able, with an integer ``step``.
     records : sequence of dict
-        What each rank's ``write_file`` returned.
+        What `hpcpipe.checkpoint.image.Image.record` says of each rank's file.
 
     Returns
     -------

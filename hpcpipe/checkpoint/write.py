@@ -1,4 +1,4 @@
-"""From begin to commit: a checkpoint that is either whole or not there."""
+"""The commit: a checkpoint that is either whole or not there."""
 
 import os
 import time
@@ -7,47 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from hpcpipe.checkpoint import disk, view
-from hpcpipe.checkpoint.digests import digest_of
-from hpcpipe.checkpoint.image import Image
-from hpcpipe.checkpoint.layout import MANIFEST, VIEW, Piece, file_name, leftovers, partial_name, step_name
+from hpcpipe.checkpoint.layout import MANIFEST, VIEW, step_name
 from hpcpipe.checkpoint.manifest import assemble, enter_view, render
 from hpcpipe.cluster.holder import fence_of
 from hpcpipe.errors import DamagedError, InUseError
 
 _REMADE_S = 3.0
 _NAP_S = 0.05
-
-
-def begin(root: Path, step: int) -> Path:
-    """Make the directory that a checkpoint is written into. One rank calls it, the others wait.
-
-    Leftovers of interrupted writings and removals below `root` are removed first: no other writing may be
-    under way.
-
-    Parameters
-    ----------
-    root : Path
-        The run's ``checkpoints`` directory; made when it is missing.
-    step : int
-        The number of optimizer updates made.
-
-    Returns
-    -------
-    Path
-        ``root/step-XXXXXXXX.partial``, empty.
-
-    Raises
-    ------
-    DiskError
-        The file system refused.
-    """
-    for path in list(leftovers(root)):
-        disk.remove(path)
-    partial = root / partial_name(step)
-    with disk.disk_errors(partial):
-        root.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-    return partial
 
 
 def join_partial(partial: Path) -> None:
@@ -67,52 +33,19 @@ def join_partial(partial: Path) -> None:
         partial.mkdir(parents=True, exist_ok=True)
 
 
-def write_file(partial: Path, writer: int, step: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Write one rank's file. Every writing rank calls it once, in any order.
-
-    Parameters
-    ----------
-    partial : Path
-        What ``begin`` returned.
-    writer : int
-        Number of the writing rank; names the file.
-    step : int
-        The number of optimizer updates made.
-    pieces : sequence of Piece
-        What this rank writes, at most one piece per kind and tensor; only read, not copied.
-
-    Returns
-    -------
-    dict
-        The file's record for ``commit``; JSON-able, so that it can be sent to the committing rank.
-
-    Raises
-    ------
-    DiskError
-        The file system refused; call ``abandon``.
-    ValueError
-        Two pieces of the same kind of the same tensor, or of different shape or dtype.
-    """
-    name = file_name(writer)
-    image = Image([piece.spec for piece in pieces])
-    regions = image.regions(step, [piece.buffer for piece in pieces])
-    disk.write_new(partial / name, [region.buffer for region in regions])
-    return image.record(name, step, regions, [digest_of(region.buffer) for region in regions])
-
-
 def commit(
     partial: Path, header: dict[str, Any], records: Sequence[dict[str, Any]], lock: dict[str, str] | None = None
 ) -> Path:
-    """Make the checkpoint valid. One rank calls it, after every rank's ``write_file`` has returned.
+    """Make the checkpoint valid. One rank calls it, after every rank's file is written.
 
     Parameters
     ----------
     partial : Path
-        What ``begin`` returned.
+        The directory that the files were written into.
     header : dict
         JSON-able: ``step``, ``tokens``, ``model``, ``config``, ``grid``, ``data``, ``versions``.
     records : sequence of dict
-        What each ``write_file`` returned.
+        What `hpcpipe.checkpoint.image.Image.record` says of each file.
     lock : dict, optional
         ``path`` of the run's lock and ``fence``, the token that it must have: who has lost the lock commits nothing.
 

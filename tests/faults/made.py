@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from support.version1 import write_version1
+from support.writing import begin, write_file
 
 from hpcpipe.checkpoint.layout import Piece, PieceSpec, candidates
 from hpcpipe.checkpoint.manifest import load_manifest
 from hpcpipe.checkpoint.read import Reader
 from hpcpipe.checkpoint.verify import verify_metadata
-from hpcpipe.checkpoint.write import begin, commit, write_file
+from hpcpipe.checkpoint.write import commit
 from hpcpipe.errors import DamagedError
 
 KINDS = ("weight", "moment1", "moment2")

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from support.writing import begin, write_file
 
 from hpcpipe.checkpoint.layout import Piece
-from hpcpipe.checkpoint.write import begin, commit, write_file
+from hpcpipe.checkpoint.write import commit
 
 _SHAPES = {
     "embedding/token/weight": ((13, 5), np.float32),

@@ -7,13 +7,14 @@ import shutil
 import numpy as np
 import pytest
 from support.checkpoints import make_checkpoint, make_header
+from support.writing import begin, write_file
 
 from hpcpipe.checkpoint.digests import digest_of
 from hpcpipe.checkpoint.layout import Piece
 from hpcpipe.checkpoint.manifest import assemble, load_manifest, render
 from hpcpipe.checkpoint.read import Reader
 from hpcpipe.checkpoint.verify import verify, verify_file
-from hpcpipe.checkpoint.write import begin, commit, write_file
+from hpcpipe.checkpoint.write import commit
 from hpcpipe.errors import DamagedError
 
 MANIFEST = "manifest.json"

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from support.checkpoints import make_checkpoint, make_header, make_pieces
 from support.version1 import write_version1
+from support.writing import begin, write_file
 
 from hpcpipe.checkpoint import difference
 from hpcpipe.checkpoint.difference import compare_checkpoints
 from hpcpipe.checkpoint.layout import Piece
 from hpcpipe.checkpoint.manifest import load_manifest
-from hpcpipe.checkpoint.write import begin, commit, write_file
+from hpcpipe.checkpoint.write import commit
 from hpcpipe.cli import checkpoint
 from hpcpipe.errors import DamagedError
 

@@ -9,12 +9,13 @@ import time
 
 import pytest
 from support.checkpoints import make_checkpoint, make_header, make_pieces
+from support.writing import begin, write_file
 
 from hpcpipe.checkpoint import disk
 from hpcpipe.checkpoint.layout import candidates
 from hpcpipe.checkpoint.retain import retain
 from hpcpipe.checkpoint.verify import verify
-from hpcpipe.checkpoint.write import abandon, begin, commit, write_file
+from hpcpipe.checkpoint.write import abandon, commit
 from hpcpipe.errors import DiskError
 
 

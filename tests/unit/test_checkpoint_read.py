@@ -5,13 +5,14 @@ import os
 import numpy as np
 import pytest
 from support.checkpoints import make_header
+from support.writing import begin, write_file
 
 from hpcpipe.checkpoint.files import BLOCK_BYTES
 from hpcpipe.checkpoint.layout import Piece
 from hpcpipe.checkpoint.manifest import load_manifest
 from hpcpipe.checkpoint.read import Reader
 from hpcpipe.checkpoint.verify import verify, verify_metadata
-from hpcpipe.checkpoint.write import begin, commit, write_file
+from hpcpipe.checkpoint.write import commit
 from hpcpipe.errors import DamagedError
 
 SIZE = BLOCK_BYTES  # in elements of 4 bytes: two pieces of two blocks each, less and more a little

@@ -6,12 +6,13 @@ import random
 import numpy as np
 import pytest
 from support.checkpoints import make_checkpoint, make_header
+from support.writing import begin, write_file
 
 from hpcpipe.checkpoint import retain as retain_module
 from hpcpipe.checkpoint.layout import Piece, candidates, step_of
 from hpcpipe.checkpoint.retain import retain
 from hpcpipe.checkpoint.verify import verify
-from hpcpipe.checkpoint.write import begin, commit, write_file
+from hpcpipe.checkpoint.write import commit
 
 
 def make(root, step, val_loss=None):

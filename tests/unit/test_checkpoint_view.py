@@ -11,11 +11,11 @@ import h5py
 import numpy as np
 import pytest
 from support.checkpoints import make_checkpoint, make_header, make_pieces
+from support.writing import begin, write_file
 
 from hpcpipe.checkpoint import view
 from hpcpipe.checkpoint.layout import Piece
 from hpcpipe.checkpoint.manifest import assemble
-from hpcpipe.checkpoint.write import begin, write_file
 
 
 def write(root, step, num_writers):

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 import pytest
 from support.checkpoints import make_checkpoint, make_header, make_pieces
+from support.writing import begin, write_file
 
 from hpcpipe.checkpoint.compare import compare
 from hpcpipe.checkpoint.digests import digest_of
@@ -19,7 +20,7 @@ from hpcpipe.checkpoint.manifest import load_manifest
 from hpcpipe.checkpoint.read import Reader
 from hpcpipe.checkpoint.sparse import SparseFile
 from hpcpipe.checkpoint.verify import unknown_files, verify
-from hpcpipe.checkpoint.write import abandon, begin, commit, write_file
+from hpcpipe.checkpoint.write import abandon, commit
 from hpcpipe.errors import DamagedError, UsageError
 
 
