@@ -98,6 +98,22 @@ class StoppedError(HpcpipeError):
     by = ""
 
 
+class Interruption(Exception):
+    """Makes ranks leave what they are doing, meet, and go on from copies of their state; see docs/recovery.md.
+
+    One rank raises it, or all do. The others learn of it because their communication ends with an error.
+
+    Parameters
+    ----------
+    cause : str
+        Why, as a clause for people.
+    """
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
 BY_CODE: dict[int, type[HpcpipeError]] = {
     int(kind.exit_code): kind
     for kind in (UsageError, DamagedError, NumericsError, RankError, InUseError, DiskError, StoppedError)

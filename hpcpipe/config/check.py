@@ -24,6 +24,7 @@ CHOICES = {
     "train.precision": ("auto", "bf16", "f32"),
     "train.recompute": ("none", "selective", "full"),
     "checkpoint.when_busy": ("skip", "wait"),
+    "guard.spikes": ("off", "warn", "skip", "rewind"),
     "telemetry.console": ("auto", "terminal", "lines", "quiet"),
 }
 POSITIVE = (
@@ -36,6 +37,8 @@ POSITIVE = (
     "parallel.microbatch_size",
     "parallel.timeout_s",
     "checkpoint.max_failures",
+    "recovery.max_attempts",
+    "guard.max_skipped",
     "train.steps",
     "train.learning_rate",
 )

@@ -103,6 +103,30 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecoveryConfig:
+    """What a run does about ranks that die or hang while it runs."""
+
+    copy_every: int = key(
+        1, "steps between copies of weights and moments in a rank's own and its neighbour's memory; 0: no copies"
+    )
+    max_attempts: int = key(3, "recoveries without a finished step between them before the run stops with exit code 75")
+    hang_s: float = key(
+        10.0, "least seconds without progress that count as a hang; slow steps are given more; 0: hangs are not looked for"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a run does about numbers that go wrong."""
+
+    state: bool = key(True, "before each update, compare weights and moments with what the last one has left")
+    messages: bool = key(True, "compare what was received in a step with what was sent")
+    recompute_every: int = key(50, "steps between forwards that are computed twice and compared; 0: never")
+    max_skipped: int = key(3, "steps in a row skipped for gradients that are not finite before the run goes back")
+    spikes: str = key("warn", "when the loss or the gradient jumps: off, warn, skip (the step) or rewind (the run)")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TelemetryConfig:
     """What is shown."""
 
@@ -119,6 +143,8 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     telemetry: TelemetryConfig = field(default_factory=TelemetryConfig)
 
 

@@ -34,15 +34,16 @@ class Waiter:
         As above; the owner may change them.
     waited_s : float
         Seconds spent waiting so far; the owner resets it.
-    background : callable
-        Called while waiting, for what can go on meanwhile; it must not wait itself.
+    background : list of callable
+        Called one after the other while waiting, for what can go on meanwhile; they must not wait themselves, and may
+        raise to end the wait.
     """
 
     def __init__(self, timeout_s: float, owns_core: bool = False) -> None:
         self.timeout_s = timeout_s
         self.owns_core = owns_core
         self.waited_s = 0.0
-        self.background: Callable[[], None] = lambda: None
+        self.background: list[Callable[[], None]] = []
 
     def wait(self, requests: Sequence[MPI.Request], what: Callable[[], str]) -> None:
         """Return once all requests are complete.
@@ -58,15 +59,18 @@ class Waiter:
         ------
         RankError
             If `timeout_s` passed.
+        MPI.Exception
+            If a rank at the other end has died, or has left the communicator to recover.
         """
-        pending = list(requests)
-        if MPI.Request.Testall(pending):
+        pending = _incomplete(requests)
+        if not pending:
             return
         start = time.perf_counter()
         stop_yielding = start + (_YIELD_ON_OWN_CORE_S if self.owns_core else _YIELD_S)
         nap_s = _SHORTEST_SLEEP_S
-        while not MPI.Request.Testall(pending):
-            self.background()
+        while pending := _incomplete(pending):
+            for work in self.background:
+                work()
             if time.perf_counter() < stop_yielding:
                 os.sched_yield()
                 continue
@@ -78,3 +82,8 @@ class Waiter:
                     " parallel.timeout_s allows (raise it for very large stages)"
                 )
         self.waited_s += time.perf_counter() - start
+
+
+def _incomplete(requests: Sequence[MPI.Request]) -> list[MPI.Request]:
+    """Return the requests that are not complete; asked one by one, since `Testall` hides a dead rank behind others."""
+    return [request for request in requests if not request.Test()]

@@ -131,7 +131,7 @@ class Trainer:
         self._gradients = Gradients(state, config.parallel.lanes // grid.data, schedule.num_microbatches)
         received = new_arrays({"received": received_spec(state.stages, grid.data)}, "sums")["received"]
         self._exchange = ShardExchange(grid.data_comm, waiter, mode, received)
-        waiter.background = self._exchange.advance
+        waiter.background = [self._exchange.advance]
         self._updates = {
             index: [
                 _Update(bucket, list(bucket.slices(grid.replica)), optimizer, stage.parameters.packed)

@@ -62,7 +62,7 @@ def test_transfers_move_while_ranks_compute_and_wait_for_others(comm):
     size = 3 * message_elements(comm.size) * comm.size
     cuts = [size * rank // comm.size for rank in range(comm.size + 1)]
     exchange = ShardExchange(comm, waiter, MessageMode(), received(comm, size))
-    waiter.background = exchange.advance
+    waiter.background = [exchange.advance]
     array = np.full(size, comm.rank + 1, np.float32)
     own = array[cuts[comm.rank] : cuts[comm.rank + 1]]
     exchange.reduce_scatter("array", array, cuts)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 FLOORS = (
     ("errors",),
-    ("config", "cluster"),
-    ("mpi", "kernels", "schedule", "telemetry"),
+    ("config", "cluster", "faults"),
+    ("mpi", "kernels", "schedule", "telemetry", "watch"),
     ("model", "memory", "data", "optim"),
-    ("pipeline", "checkpoint"),
+    ("pipeline", "checkpoint", "recovery"),
     ("train",),
-    ("bench",),
+    ("bench", "chaos"),
     ("cli",),
     ("__main__",),
 )
