@@ -6,7 +6,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,7 +43,20 @@ class Status:
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the verb to the command's parser."""
     parser = subparsers.add_parser("launch", help="start ranks with mpirun", description=_DESCRIPTION)
-    parser.add_argument("-n", dest="num_ranks", metavar="N", type=int, required=True, help="ranks to start")
+    parser.add_argument("-n", dest="num_ranks", metavar="N", type=int, required=True, help="ranks that train")
+    parser.add_argument(
+        "--spares",
+        dest="num_spares",
+        metavar="S",
+        type=int,
+        default=0,
+        help="ranks to start beside them, which wait to take the place of one that fails (train only)",
+    )
+    parser.add_argument(
+        "--recovery",
+        choices=("on", "off"),
+        help="go on inside the run when a rank fails; by default where this machine's MPI can (train only)",
+    )
     parser.add_argument(
         "--mpirun-arg",
         dest="mpirun_args",
@@ -63,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     Parameters
     ----------
     args : argparse.Namespace
-        ``num_ranks``, ``mpirun_args``, ``program``, ``arguments``.
+        ``num_ranks``, ``num_spares``, ``recovery``, ``mpirun_args``, ``program``, ``arguments``.
 
     Returns
     -------
@@ -73,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     Raises
     ------
     UsageError
-        Not a verb for ranks, no ranks, a wrong configuration, or no ``mpirun``.
+        Not a verb for ranks, no ranks, spares that could not be used, a wrong configuration, or no ``mpirun``.
     InUseError, DiskError, RankError, StoppedError
         See `launch`.
     """
@@ -85,11 +98,32 @@ def run(args: argparse.Namespace) -> int:
     program = [*python_command(), "-m", "hpcpipe", args.program, *args.arguments]
     if {"-h", "--help"} & set(args.arguments):
         return os.spawnv(os.P_WAIT, program[0], program)
+    _check_recovery(args)
     directory = check_start(args.program, args.arguments, args.num_ranks)
-    return launch(program, args.num_ranks, directory, args.mpirun_args)
+    recovery = args.recovery if args.program == "train" else "off"
+    return launch(program, args.num_ranks, directory, args.mpirun_args, num_spares=args.num_spares, recovery=recovery)
 
 
-def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpirun_args: Sequence[str] = ()) -> int:
+def _check_recovery(args: argparse.Namespace) -> None:
+    """Refuse spares and recovery where they mean nothing."""
+    if args.num_spares < 0:
+        raise UsageError(f"--spares {args.num_spares}: the number of spare ranks must be at least 0")
+    if args.program != "train" and (args.num_spares or args.recovery == "on"):
+        option = f"--spares {args.num_spares}" if args.num_spares else "--recovery on"
+        raise UsageError(f"{option}: only `train` goes on when a rank fails; leave the option out for {args.program}")
+    if args.num_spares and args.recovery == "off":
+        raise UsageError(f"--spares {args.num_spares}: spare ranks have nothing to do with --recovery off")
+
+
+def launch(
+    program: Sequence[str],
+    num_ranks: int,
+    directory: Path | None,
+    mpirun_args: Sequence[str] = (),
+    *,
+    num_spares: int = 0,
+    recovery: str | None = "off",
+) -> int:
     """Start a program on ranks and wait for its end.
 
     Where this launch's ``status.json`` still says that the run is running, or the run ended before it could write
@@ -100,11 +134,15 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
     program : sequence of str
         Command that every rank runs.
     num_ranks : int
-        Ranks to start.
+        Ranks to start, without spares.
     directory : Path or None
         Where the run writes ``status.json``; None for a verb that writes none.
     mpirun_args : sequence of str
         The user's own options of ``mpirun``.
+    num_spares : int
+        Spare ranks to start.
+    recovery : str or None
+        Whether the ranks survive each other: ``on``, ``off``, or None: where this MPI can.
 
     Returns
     -------
@@ -115,7 +153,7 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
     Raises
     ------
     UsageError
-        There is no ``mpirun``, or it refused its options.
+        There is no ``mpirun``, or it refused its options; recovery or spares are asked for, and MPI cannot recover.
     InUseError
         Another run is in the directory; no rank was started.
     DiskError
@@ -125,13 +163,18 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
     StoppedError
         A stop came before the run had begun, or the ranks were killed at once.
     """
-    from hpcpipe.cluster import launcher
+    from hpcpipe.cluster import fault_tolerance, launcher
     from hpcpipe.cluster.supervise import Progress, new_launch_id, supervise
 
     mpirun = launcher.find_mpirun()
     launch_id = new_launch_id()
-    environ = launcher.rank_environment(launch_id, _terminal())
-    command = launcher.mpirun_command(mpirun, num_ranks, program, launcher.this_machine(), mpirun_args, environ)
+    environ = launcher.rank_environment(launch_id, _terminal(), num_spares=num_spares)
+    num_started = num_ranks + num_spares
+    why_not = fault_tolerance.why_not(mpirun, num_started, recovery, mpirun_args, environ)
+    _announce(why_not, recovery, num_spares, environ)
+    command = launcher.mpirun_command(
+        mpirun, num_started, program, launcher.this_machine(), mpirun_args, environ, survives_failures=not why_not
+    )
 
     def progress() -> Progress:
         status = read_status(directory, launch_id)
@@ -151,6 +194,17 @@ def launch(program: Sequence[str], num_ranks: int, directory: Path | None, mpiru
     if code != ExitCode.DONE:
         _end_status(directory, launch_id, BY_CODE.get(code, RankError)(_story(outcome)))
     return code
+
+
+def _announce(why_not: str, recovery: str | None, num_spares: int, environ: MutableMapping[str, str]) -> None:
+    """Let the ranks know why they cannot survive each other; refuse to start where they were to."""
+    from hpcpipe.cluster.fault_tolerance import WHY_OFF
+
+    if why_not and (recovery == "on" or num_spares):
+        option = "--recovery on" if recovery == "on" else f"--spares {num_spares}"
+        raise UsageError(f"{option}: a run cannot go on here when a rank fails: {why_not}")
+    if why_not:
+        environ[WHY_OFF] = why_not
 
 
 def conclude(outcome: "Outcome", status: Status | None) -> int:

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Mapping, MutableMapping
 
 from hpcpipe.cluster import slurm
+from hpcpipe.errors import UsageError
 
 KERNEL_VARIABLES = ("HPCPIPE_KERNELS", "HPCPIPE_CACHE_DIR")
 """Say how kernels compute and where they are kept; ranks on other nodes get them too."""
@@ -19,6 +20,8 @@ THREAD_VARIABLES = (
 )
 LAUNCH_ID = "HPCPIPE_LAUNCH_ID"
 TERMINAL = "HPCPIPE_TERMINAL"
+SPARES = "HPCPIPE_SPARES"
+"""How many of the ranks, the last ones, wait to take the place of one that fails; `hpcpipe launch --spares` sets it."""
 
 _PR_SET_PDEATHSIG = 1
 
@@ -49,6 +52,30 @@ def rank_hint(environ: Mapping[str, str] = os.environ) -> tuple[int, int, int] |
     if "PMI_SIZE" in environ and "MPI_LOCALRANKID" in environ:
         return int(rank), int(environ["PMI_SIZE"]), int(environ["MPI_LOCALRANKID"])
     return slurm.task(environ)
+
+
+def num_spares(environ: Mapping[str, str] = os.environ) -> int:
+    """Return how many of the ranks are spares.
+
+    Parameters
+    ----------
+    environ : mapping
+        The process's environment.
+
+    Returns
+    -------
+    int
+        0 where nobody said.
+
+    Raises
+    ------
+    UsageError
+        The variable is no number.
+    """
+    text = environ.get(SPARES, "") or "0"
+    if not text.isdecimal():
+        raise UsageError(f"{SPARES} = {text!r}: it must be a number; `hpcpipe launch --spares S` sets it")
+    return int(text)
 
 
 def terminal_size(environ: Mapping[str, str] = os.environ) -> tuple[int, int] | None:

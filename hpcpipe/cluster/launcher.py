@@ -12,9 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpcpipe.cluster import slurm
+from hpcpipe.cluster import fault_tolerance, slurm
 from hpcpipe.cluster.binding import BIND
-from hpcpipe.cluster.environment import KERNEL_VARIABLES, LAUNCH_ID, TERMINAL, THREAD_VARIABLES, limit_blas_threads
+from hpcpipe.cluster.environment import (
+    KERNEL_VARIABLES,
+    LAUNCH_ID,
+    SPARES,
+    TERMINAL,
+    THREAD_VARIABLES,
+    limit_blas_threads,
+)
 from hpcpipe.errors import UsageError
 
 SESSION_FOLDER = "PRTE_MCA_prte_local_tmpdir_base"
@@ -97,6 +104,8 @@ def mpirun_command(
     machine: Machine,
     extra: Sequence[str] = (),
     environ: Mapping[str, str] = os.environ,
+    *,
+    survives_failures: bool = False,
 ) -> list[str]:
     """Build the command line that starts the ranks.
 
@@ -115,6 +124,8 @@ def mpirun_command(
     environ : mapping
         The ranks' environment, see `rank_environment`; ``OMPI_MCA_btl`` and ``OMPI_MCA_pml`` there count as the
         user's choices too.
+    survives_failures : bool
+        Ask for MPI's fault tolerance, see `hpcpipe.cluster.fault_tolerance`.
 
     Returns
     -------
@@ -125,14 +136,20 @@ def mpirun_command(
     command += _placement(machine, extra)
     command += _binding(extra)
     command += _transports(machine, extra, environ)
-    for name in (LAUNCH_ID, TERMINAL, *THREAD_VARIABLES, *KERNEL_VARIABLES):
+    if survives_failures:
+        command += fault_tolerance.options(extra, environ)
+    for name in (LAUNCH_ID, TERMINAL, SPARES, fault_tolerance.WHY_OFF, *THREAD_VARIABLES, *KERNEL_VARIABLES):
         if name in environ:
             command += ["-x", name]
     return [*command, *extra, *program]
 
 
 def rank_environment(
-    launch_id: str, terminal: tuple[int, int] | None, environ: Mapping[str, str] = os.environ
+    launch_id: str,
+    terminal: tuple[int, int] | None,
+    environ: Mapping[str, str] = os.environ,
+    *,
+    num_spares: int = 0,
 ) -> dict[str, str]:
     """Build the environment of ``mpirun``, which it hands to the ranks.
 
@@ -144,6 +161,8 @@ def rank_environment(
         Size of the terminal that shows the output; None where there is none.
     environ : mapping
         Environment to start from.
+    num_spares : int
+        How many of the ranks, the last ones, wait to take the place of one that fails.
 
     Returns
     -------
@@ -155,7 +174,9 @@ def rank_environment(
     limit_blas_threads(1, result)
     _give_home(result)
     result[LAUNCH_ID] = launch_id
-    result.pop(TERMINAL, None)
+    result[SPARES] = str(num_spares)
+    for name in (TERMINAL, fault_tolerance.WHY_OFF):
+        result.pop(name, None)
     if terminal:
         result[TERMINAL] = f"{terminal[0]}x{terminal[1]}"
     if os.geteuid() == 0:
@@ -230,8 +251,8 @@ def _binding(extra: Sequence[str]) -> list[str]:
 def _transports(machine: Machine, extra: Sequence[str], environ: Mapping[str, str]) -> list[str]:
     """Choose shared memory on one node, which starts 1 s faster than probing networks; else the site's own."""
     chosen = any(name in environ for name in ("OMPI_MCA_btl", "OMPI_MCA_pml", "OMPI_MCA_mtl"))
-    given = {extra[i + 1] for i, option in enumerate(extra[:-1]) if option.lstrip("-") in ("mca", "omca", "gomca")}
-    if machine.num_nodes > 1 or chosen or given & {"btl", "pml", "mtl"} or _is_given(extra, "--host", "--hostfile"):
+    given = fault_tolerance.mca_options(extra).keys() & {"btl", "pml", "mtl"}
+    if machine.num_nodes > 1 or chosen or given or _is_given(extra, "--host", "--hostfile"):
         return []
     return ["--mca", "btl", "self,sm", "--mca", "pml", "ob1"]
 

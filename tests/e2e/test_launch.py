@@ -204,6 +204,25 @@ def test_wrong_configuration_is_told_once_with_its_code(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "one/status.json").read_text())["exit_code"] == 64
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--spares", "1", "bench", "p2p"], "--spares 1: only `train` goes on when a rank fails"),
+        (["--recovery", "on", "bench", "p2p"], "--recovery on: only `train` goes on when a rank fails"),
+        (["--spares", "-1", "train", "x.toml"], "--spares -1: the number of spare ranks must be at least 0"),
+        (["--spares", "1", "--recovery", "off", "train", "x.toml"], "spare ranks have nothing to do"),
+        (["--recovery", "on", "--mpirun-arg=--mca", "--mpirun-arg=pml", "--mpirun-arg=ucx", "train", "x.toml"], "ucx"),
+    ],
+)
+def test_recovery_that_cannot_be(words: list[str], message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("")
+    command = [sys.executable, "-m", "hpcpipe", "launch", "-n", "2", *words]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert result.returncode == 64
+    assert message in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["x.toml"]
+
+
 def test_options_that_mpirun_refuses(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text("")
     command = [sys.executable, "-m", "hpcpipe", "launch", "-n", "1", "--mpirun-arg=--no-such-option", "train", "x.toml"]

@@ -8,6 +8,8 @@ import pytest
 
 from hpcpipe.cluster import launcher
 from hpcpipe.cluster.banner import BannerFilter, Failure
+from hpcpipe.cluster.environment import num_spares
+from hpcpipe.cluster.fault_tolerance import WHY_OFF, why_not
 from hpcpipe.cluster.launcher import Machine
 from hpcpipe.errors import UsageError
 
@@ -16,8 +18,12 @@ CLUSTER = Machine(num_nodes=2, in_slurm=True)
 BINDING = "--bind-to none -x HPCPIPE_BIND=cores"
 
 
-def options(num_ranks: int, machine: Machine, *extra: str, environ: dict[str, str] | None = None) -> str:
-    command = launcher.mpirun_command(Path("/bin/mpirun"), num_ranks, ["prog", "x"], machine, extra, environ or {})
+def options(
+    num_ranks: int, machine: Machine, *extra: str, environ: dict[str, str] | None = None, survives: bool = False
+) -> str:
+    command = launcher.mpirun_command(
+        Path("/bin/mpirun"), num_ranks, ["prog", "x"], machine, extra, environ or {}, survives_failures=survives
+    )
     assert command[:3] == ["/bin/mpirun", "-n", str(num_ranks)]
     assert command[-2:] == ["prog", "x"]
     return " ".join(command[3:-2])
@@ -53,6 +59,53 @@ def test_mpirun_binds_where_the_user_lets_it_map_cores(mapping: str) -> None:
 
 def test_transports_in_the_environment_are_a_choice() -> None:
     assert "--mca" not in options(2, LAPTOP, environ={"OMPI_MCA_pml": "ucx"})
+
+
+SURVIVES = "--with-ft ulfm --mca async_mpi_finalize 1 --mca coll ^han,cuda,hcoll,portals4"
+
+
+def test_ranks_that_survive_each_other() -> None:
+    assert options(5, LAPTOP, survives=True) == f"--oversubscribe {BINDING} --mca btl self,sm --mca pml ob1 {SURVIVES}"
+    assert options(5, CLUSTER, survives=True) == f"{BINDING} {SURVIVES}"
+    assert "--with-ft" not in options(5, LAPTOP)
+
+
+def test_choices_of_the_user_about_fault_tolerance_stay() -> None:
+    shown = options(2, LAPTOP, "--with-ft", "mpi", survives=True)
+    assert shown.count("--with-ft") == 1
+    assert "async_mpi_finalize" in shown
+    assert options(2, LAPTOP, "--mca", "coll", "basic", survives=True).count("--mca coll ") == 1
+    assert "--mca coll" not in options(2, LAPTOP, environ={"OMPI_MCA_coll": "basic"}, survives=True)
+
+
+def able_mpirun(folder: Path) -> Path:
+    tuning = folder / "share/openmpi/amca-param-sets/ft-mpi"
+    tuning.parent.mkdir(parents=True)
+    tuning.touch()
+    return fake_mpirun(folder / "bin", "mpirun (Open MPI) 5.0.11")
+
+
+def test_when_ranks_can_survive_each_other(tmp_path: Path) -> None:
+    able, unable = able_mpirun(tmp_path / "new"), fake_mpirun(tmp_path / "old/bin", "mpirun (Open MPI) 4.1.4")
+    assert why_not(able, 2, None, (), {}) == why_not(able, 2, "on", ("--mca", "pml", "ob1"), {}) == ""
+    assert "--recovery off" in why_not(able, 2, "off", (), {})
+    assert "no other rank" in why_not(able, 1, None, (), {})
+    assert f"{unable} belongs to an Open MPI without fault tolerance" in why_not(unable, 2, "on", (), {})
+    for extra, environ in ((("--mca", "pml", "ucx"), {}), ((), {"OMPI_MCA_pml": "ucx"})):
+        assert "pml = ucx" in why_not(able, 2, None, extra, environ)
+    assert why_not(launcher.find_mpirun(), 2, None, (), {}) == ""
+
+
+def test_spares_and_reasons_reach_the_ranks() -> None:
+    environ = launcher.rank_environment("some-id", None, {WHY_OFF: "stale", "HPCPIPE_SPARES": "7"}, num_spares=2)
+    assert num_spares(environ) == 2
+    assert WHY_OFF not in environ
+    shown = options(5, CLUSTER, environ={**environ, WHY_OFF: "because"})
+    assert "-x HPCPIPE_SPARES" in shown
+    assert f"-x {WHY_OFF}" in shown
+    assert num_spares({}) == num_spares({"HPCPIPE_SPARES": ""}) == 0
+    with pytest.raises(UsageError, match="HPCPIPE_SPARES = '-1'"):
+        num_spares({"HPCPIPE_SPARES": "-1"})
 
 
 def test_variables_reach_other_nodes_only_where_they_are_set() -> None:
