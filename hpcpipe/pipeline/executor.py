@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hpcpipe.faults import hooks
 from hpcpipe.memory.layout import Extent, Memory, new_memory
 from hpcpipe.model.layer import Arrays, Microbatch
 from hpcpipe.pipeline.buffers import Key, RankLayout
@@ -16,6 +17,8 @@ from hpcpipe.schedule.action import Action, Kind, Schedule
 
 ACTIVATIONS = "activations"
 """What the memory of executors is counted under."""
+
+_PHASES = {Kind.F: "forward", Kind.B: "backward", Kind.I: "backward", Kind.W: "backward"}
 
 
 def _nothing(*_: int) -> None:
@@ -147,6 +150,8 @@ class Executor:
         self._start_s = time.perf_counter()
         self._is_timed = True
         for action in self._actions:
+            if action.kind in _PHASES:
+                hooks.point(_PHASES[action.kind], action.microbatch)
             self._handlers[action.kind](action)
         self._end_schedule()
 
@@ -171,6 +176,7 @@ class Executor:
         stage, microbatch = self._stages[action.stage], self._work.load(action.microbatch)
         if self._schedule.input_crosses(action.stage):
             self._transport.wait(Action(Kind.RECV_F, *key))
+            hooks.corrupt("message", [self._x[key]], action.microbatch)
         elif action.stage == 0:
             self._x[key] = self._unused
         else:
@@ -179,6 +185,7 @@ class Executor:
         out = self._unused if is_last else self._take()
         stage.forward(microbatch, self._x[key], out, self._stashes[key], self._poll)
         if not is_last:
+            hooks.corrupt("activation", [out], action.microbatch)
             self._out[key] = out
         if self._is_forward_only:
             self._work.finished(*key, microbatch, self._stashes[key])
@@ -221,6 +228,7 @@ class Executor:
         if self._schedule.output_crosses(action.stage):
             self._transport.wait(Action(Kind.RECV_B, *key))
             d = self._d.pop(key)
+            hooks.corrupt("message", [d], action.microbatch)
         elif action.stage + 1 == self._schedule.num_stages:
             d = self._take()
         else:

@@ -3,6 +3,7 @@
 import numpy as np
 
 from hpcpipe.errors import UsageError
+from hpcpipe.faults import hooks
 from hpcpipe.mpi.channel import Channel
 from hpcpipe.mpi.runtime import highest_tag
 from hpcpipe.schedule.action import Action, Kind, Schedule
@@ -41,7 +42,8 @@ class Messages:
         """Post the receive of ``RECV_F`` or ``RECV_B`` into the caller's buffer, MPI's until `wait` returns."""
         sender = action.stage + (-1 if action.kind is Kind.RECV_F else 1)
         source = self._schedule.stage_to_rank[sender]
-        self._channel.post_receive(action, buffer, source, self._tag(action.kind, action.stage, action.microbatch))
+        tag = self._tag(action.kind, action.stage, action.microbatch)
+        self._channel.post_receive(action, buffer, source, hooks.receive_tag(tag, action.microbatch))
 
     def start_send(self, action: Action, buffer: np.ndarray) -> None:
         """Start the send of ``SEND_F`` or ``SEND_B`` from the caller's buffer, left alone until `wait` returns."""

@@ -18,6 +18,7 @@ from hpcpipe.checkpoint.layout import partial_name, step_name
 from hpcpipe.checkpoint.process import WriterProcess
 from hpcpipe.checkpoint.snapshot import Snapshot, snapshot_bytes
 from hpcpipe.errors import BY_CODE, DiskError, ExitCode
+from hpcpipe.faults import hooks
 from hpcpipe.memory.shared import SharedBlock
 from hpcpipe.mpi.collectives import broadcast_bytes, gather_bytes, gather_bytes_at, gather_rows
 from hpcpipe.train.cadence import Cadence, Costs
@@ -183,6 +184,7 @@ class Checkpoints:
             )
             return
         self._began_s, self._blocked_by_this_s, self._writing_step = time.monotonic(), 0.0, step
+        hooks.point("checkpoint")
         # What is left of an attempt that failed may be removed only later.
         self._num_taken += 1
         with _Timed(self._add_blocked):
@@ -315,6 +317,7 @@ class Checkpoints:
             f" {self._blocked_by_this_s * 1e3:.0f} ms"
         )
         session.status(self._state.step, None)
+        hooks.point("committed")
         self._enter(Phase.VERIFY, Answer.NONE if self._has_pieces else Answer.DONE)
         if self._has_pieces:
             self._process.send({"do": "verify", "path": str(self._path)})

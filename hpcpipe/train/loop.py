@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from hpcpipe.errors import ExitCode, NumericsError
+from hpcpipe.faults import hooks
 from hpcpipe.model.gpt2 import training_flops_per_sample
 from hpcpipe.mpi.collectives import gather_rows
 from hpcpipe.train.checkpoints import Checkpoints
@@ -141,6 +142,7 @@ class Loop:
     def _evaluate(self) -> None:
         if self._evaluator is None:
             return
+        hooks.point("evaluate")
         evaluation = self._evaluation = self._evaluator.run()
         self._evaluated_step = self._state.step
         if not math.isfinite(evaluation.val_loss):

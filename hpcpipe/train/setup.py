@@ -13,6 +13,7 @@ from hpcpipe.cluster.processor import memory
 from hpcpipe.config.check import resolve
 from hpcpipe.config.load import load
 from hpcpipe.config.schema import Config
+from hpcpipe.faults import hooks
 from hpcpipe.kernels import warm
 from hpcpipe.kernels.features import FAMILIES, family
 from hpcpipe.mpi.agree import together
@@ -78,16 +79,18 @@ def agree_on_setup(world: World, config_path: Path, overrides: Sequence[str]) ->
     """
     waiter = Waiter(SETUP_TIMEOUT_S, owns_core=world.owns_core)
     with together(world.comm, waiter):
+        hooks.begin(world.rank)
         own = FAMILIES.index(family())
     families = tuple(FAMILIES[i] for i in sorted(set(gather_rows(world.comm, waiter, np.array([own])).flat)))
     has_unit = "vector" not in families
     with together(world.comm, waiter):
-        config = resolve(load(config_path, overrides), world.size, has_unit, world.tightest)
+        config = resolve(load(config_path, overrides), world.num_ranks, has_unit, world.tightest)
         schedule = build_schedule(config)
         config = check_schedule(config, schedule)
         mode = MessageMode.parse(os.environ.get(MESSAGES, ""))
         binding = world.bind(config.parallel.threads)
     waiter.owns_core = not binding.is_oversubscribed
+    hooks.point("setup")
     return Setup(config, schedule, mode, binding, waiter, families)
 
 

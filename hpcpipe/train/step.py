@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from hpcpipe.errors import NumericsError
+from hpcpipe.faults import hooks
 from hpcpipe.memory.layout import Memory, new_arrays
 from hpcpipe.model.layer import Arrays
 from hpcpipe.model.tensors import BufferSpec, f32
@@ -188,6 +189,9 @@ class Trainer:
         NumericsError
             On every rank, before the update, if the loss or the gradient is not finite.
         """
+        hooks.enter_step(step)
+        if hooks.active is not None:
+            self._offer_to_faults()
         start = time.perf_counter()
         self._waiter.waited_s = 0.0
         self._batches.load(step)
@@ -208,15 +212,23 @@ class Trainer:
             agreed.heard,
         )
 
+    def _offer_to_faults(self) -> None:
+        for stage in self._state.stages.values():
+            hooks.corrupt("weight", stage.parameters.weights.arrays.values())
+            hooks.corrupt("moment", [array for moment in stage.moments.values() for array in moment.arrays.values()])
+
     def _reduce(self, stage: int) -> None:
         """Start to sum a stage's gradients over the replicas, each replica its shard."""
         total = self._gradients.close(stage)
+        hooks.corrupt("gradient", total.arrays.values())
         for bucket in self._state.stages[stage].buckets:
             self._exchange.reduce_scatter(f"REDUCE{stage}", bucket.of(total.flat, total.offsets), bucket.cuts)
+        hooks.point("reduce")
 
     def _update(self, stage: int) -> None:
         """Update this replica's shard of a stage, and start to share it."""
         agreed, total = self._agree_once(), self._gradients.totals[stage]
+        hooks.point("update")
         weights = self._state.stages[stage].parameters.weights
         for update in self._updates[stage]:
             update.optimizer.update(
@@ -230,6 +242,7 @@ class Trainer:
             )
             bucket = update.bucket
             self._exchange.all_gather(f"STEP{stage}", bucket.of(weights.flat, weights.offsets), bucket.cuts)
+        hooks.point("updated")
 
     def _agree_once(self) -> _Agreed:
         if self._agreed is None:
@@ -240,6 +253,7 @@ class Trainer:
         """Complete the gradients, and let every rank know loss, norm and whether to stop."""
         state, train = self._state, self._state.config.train
         bubble = self._waiter.waited_s / self._executor.run_s
+        hooks.point("agree")
         self._exchange.finish()
         self._tied.add_uses(self._gradients.totals)
         has_head = state.last_stage in state.stages
