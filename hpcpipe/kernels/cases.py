@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcpipe.kernels import activation, adamw, attention, embedding, gemm, loss, norm, reduce
+from hpcpipe.kernels import activation, adamw, attention, digest, embedding, gemm, loss, norm, reduce
 
 Case = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -46,6 +46,7 @@ def _shared_cases() -> list[Case]:
         (reduce.add_into, (floats(vector), floats(vector))),
         (reduce.sum_of_squares, (floats(vector),)),
         (reduce.block_sums_of_squares, (floats(vector), np.zeros(1))),
+        (digest.digest_blocks, (np.zeros(vector, np.uint32), 0, 1)),
         (
             adamw.adamw_update,
             (*(floats(vector) for _ in range(4)), 1.0, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.1, 0.05),

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from hpcpipe.kernels import digest
 from hpcpipe.kernels.arrays import Floats, Tokens
 from hpcpipe.kernels.reduce import BLOCK
 
@@ -181,3 +182,12 @@ def adamw_update(
     moment2[:] = beta2 * moment2 + (1 - beta2) * g * g
     weight -= learning_rate * weight_decay * weight
     weight -= learning_rate * (moment1 / correction1) / (np.sqrt(moment2 / correction2) + epsilon)
+
+
+def digest_blocks(words: np.ndarray, first: int, last: int) -> int:
+    total = 0
+    for block in range(first, last):
+        content = words[block * digest.BLOCK : (block + 1) * digest.BLOCK].tolist()
+        low, high = sum(content[0::2]), sum(content[1::2])
+        total += (2 * block + 1) * (low + (high << 32))
+    return total & (1 << 64) - 1

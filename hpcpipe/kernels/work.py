@@ -112,6 +112,7 @@ _KERNELS: dict[str, _Kernel] = {
     "add_into": _Kernel((2, 1)),
     "sum_of_squares": _Kernel((1,)),
     "block_sums_of_squares": _Kernel((1, 1)),
+    "digest_blocks": _Kernel((1,)),
     "cross_entropy_forward": _Kernel((1, 1, 1, 1)),
     # Of the logits only those of the targets are read.
     "cross_entropy_forward_bf16": _Kernel((0, 1, 1, 1, 1, 1)),
