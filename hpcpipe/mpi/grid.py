@@ -13,7 +13,7 @@ class Grid:
     Attributes
     ----------
     comm : Comm
-        All ranks; the caller's.
+        All ranks.
     pipeline, data : int
         Degrees: stages per replica, and replicas.
     stage_rank, replica : int
@@ -22,6 +22,8 @@ class Grid:
         The ranks of this replica, numbered by their place in the pipeline.
     data_comm : Comm
         The ranks at this place of all replicas, numbered by replica.
+    owns_comm : bool
+        Whether `comm` is freed with the grid; else it is the caller's.
     """
 
     comm: MPI.Intracomm
@@ -31,18 +33,25 @@ class Grid:
     replica: int
     pipeline_comm: MPI.Intracomm
     data_comm: MPI.Intracomm
+    owns_comm: bool = False
 
     def world_rank(self, replica: int, stage_rank: int) -> int:
         """Return the rank that stands at a place of the grid."""
         return replica * self.pipeline + stage_rank
 
+    def communicators(self) -> tuple[MPI.Intracomm, ...]:
+        """Return every communicator, all ranks' last."""
+        return self.pipeline_comm, self.data_comm, self.comm
+
     def free(self) -> None:
-        """Free the two communicators of the axes; every rank calls it."""
+        """Free the communicators of the grid; every rank calls it."""
         self.pipeline_comm.Free()
         self.data_comm.Free()
+        if self.owns_comm:
+            self.comm.Free()
 
 
-def make_grid(comm: MPI.Intracomm, pipeline: int, data: int) -> Grid:
+def make_grid(comm: MPI.Intracomm, pipeline: int, data: int, *, owns_comm: bool = False) -> Grid:
     """Lay the grid over a communicator whose size is ``pipeline * data``.
 
     The ranks of a pipeline are neighbours, since they talk in every action and replicas only once a step.
@@ -50,4 +59,4 @@ def make_grid(comm: MPI.Intracomm, pipeline: int, data: int) -> Grid:
     replica, stage_rank = divmod(comm.rank, pipeline)
     pipeline_comm = cast(MPI.Intracomm, comm.Split(color=replica, key=stage_rank))
     data_comm = cast(MPI.Intracomm, comm.Split(color=stage_rank, key=replica))
-    return Grid(comm, pipeline, data, stage_rank, replica, pipeline_comm, data_comm)
+    return Grid(comm, pipeline, data, stage_rank, replica, pipeline_comm, data_comm, owns_comm)

@@ -1,5 +1,6 @@
 """Start and stop of MPI, and the end of all ranks when one of them fails."""
 
+import math
 import os
 import sys
 import traceback
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import mpi4py
 
 from hpcpipe.cluster.binding import Binding, bind, count_cores
-from hpcpipe.cluster.environment import die_with_parent
+from hpcpipe.cluster.environment import die_with_parent, num_spares
 from hpcpipe.config.threads import Node
 from hpcpipe.errors import ExitCode, UsageError
 
@@ -27,18 +28,20 @@ except (ImportError, RuntimeError) as error:
 
 @dataclass(frozen=True)
 class World:
-    """All ranks of the run.
+    """All processes of the launch: the ranks of the run, and spares behind them.
 
     Attributes
     ----------
     comm : Comm
         A duplicate of the world communicator, freed by `stop`.
     rank, size : int
-        This rank and the number of ranks.
+        This process and the number of processes.
+    num_spares : int
+        How many of them, the last ones, wait to replace ranks that die.
     local_rank : int
-        This rank among those of its node.
+        This process among those of its node.
     local_ranks : tuple of int
-        The ranks of its node.
+        The ranks of its node, without spares unless it has nothing else.
     local_masks : tuple of frozenset of int
         The processors that each of them could use at the start.
     num_local_cores : int
@@ -50,11 +53,22 @@ class World:
     comm: MPI.Intracomm
     rank: int
     size: int
+    num_spares: int
     local_rank: int
     local_ranks: tuple[int, ...]
     local_masks: tuple[frozenset[int], ...]
     num_local_cores: int
     tightest: Node
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the run, without spares."""
+        return self.size - self.num_spares
+
+    @property
+    def is_spare(self) -> bool:
+        """Whether this process waits to replace a rank."""
+        return self.rank >= self.num_ranks
 
     @property
     def num_local_ranks(self) -> int:
@@ -77,7 +91,7 @@ class World:
         Returns
         -------
         Binding
-            Of the ranks of this node, in the order of `local_ranks`.
+            Of the ranks of this node, in the order of `local_ranks`. A spare runs anywhere.
 
         Raises
         ------
@@ -85,6 +99,8 @@ class World:
             The system does not allow it.
         """
         binding = bind(self.local_ranks, self.local_masks, num_threads)
+        if self.is_spare:
+            return binding
         wanted = binding.processors(self.local_rank)
         if wanted != self.local_masks[self.local_rank]:
             try:
@@ -117,12 +133,16 @@ def start() -> World:
     comm = _every_rank().Dup()
     node = comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
     local_rank = node.rank
-    local_ranks, local_masks = zip(*node.allgather((comm.rank, frozenset(os.sched_getaffinity(0)))), strict=True)
+    everyone = node.allgather((comm.rank, frozenset(os.sched_getaffinity(0))))
     node.Free()
+    spare_count = min(num_spares(), comm.size - 1)
+    training = [entry for entry in everyone if entry[0] < comm.size - spare_count]
+    local_ranks, local_masks = zip(*(training or everyone), strict=True)
     num_cores = count_cores(frozenset().union(*local_masks))
-    fewest = comm.allreduce((num_cores / len(local_ranks), len(local_ranks), num_cores), op=MPI.MIN)
+    own = (num_cores / len(local_ranks), len(local_ranks), num_cores) if training else (math.inf, 0, 0)
+    fewest = comm.allreduce(own, op=MPI.MIN)
     tightest = Node(fewest[1], fewest[2])
-    return World(comm, comm.rank, comm.size, local_rank, local_ranks, local_masks, num_cores, tightest)
+    return World(comm, comm.rank, comm.size, spare_count, local_rank, local_ranks, local_masks, num_cores, tightest)
 
 
 def stop(world: World) -> None:
