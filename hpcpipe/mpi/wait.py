@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 from mpi4py import MPI
 
@@ -12,6 +13,60 @@ _YIELD_S = 0.2e-3
 _YIELD_ON_OWN_CORE_S = 0.1
 _SHORTEST_SLEEP_S = 20e-6
 _LONGEST_SLEEP_S = 1e-3
+
+
+class Other(NamedTuple):
+    """What is waited for, for who watches.
+
+    Attributes
+    ----------
+    kind : str
+        ``SEND``, ``RECV``, or ``ALL`` for collectives.
+    name : object
+        The message; an action of the schedule for those of a pipeline.
+    peer : int
+        Process number of the other end, the same in all communicators; -1: all.
+    tag : int
+        Of the message; -1: none.
+    """
+
+    kind: str
+    name: object = None
+    peer: int = -1
+    tag: int = -1
+
+
+ALL = Other("ALL")
+"""What a collective waits for."""
+
+
+class Watch(Protocol):
+    """Who is told what this rank does, so that somebody outside can find hangs; see `hpcpipe.watch`."""
+
+    def posted(self, kind: str, name: object, peer: int, tag: int, num_bytes: int) -> None:
+        """Hear that a message is under way."""
+        ...
+
+    def nap(self, kind: str, name: object, peer: int, tag: int, what: Callable[[], str]) -> None:
+        """Hear, before each nap, that the wait goes on; may raise to end it."""
+        ...
+
+    def waited(self, kind: str, name: object, peer: int, tag: int, start_s: float) -> None:
+        """Hear that a wait is over."""
+        ...
+
+
+class NoWatch:
+    """Nobody is told."""
+
+    def posted(self, kind: str, name: object, peer: int, tag: int, num_bytes: int) -> None:
+        """Do nothing."""
+
+    def nap(self, kind: str, name: object, peer: int, tag: int, what: Callable[[], str]) -> None:
+        """Do nothing."""
+
+    def waited(self, kind: str, name: object, peer: int, tag: int, start_s: float) -> None:
+        """Do nothing."""
 
 
 class Waiter:
@@ -37,6 +92,8 @@ class Waiter:
     background : list of callable
         Called one after the other while waiting, for what can go on meanwhile; they must not wait themselves, and may
         raise to end the wait.
+    watch : Watch
+        Who is told of waits and messages.
     """
 
     def __init__(self, timeout_s: float, owns_core: bool = False) -> None:
@@ -44,8 +101,9 @@ class Waiter:
         self.owns_core = owns_core
         self.waited_s = 0.0
         self.background: list[Callable[[], None]] = []
+        self.watch: Watch = NoWatch()
 
-    def wait(self, requests: Sequence[MPI.Request], what: Callable[[], str]) -> None:
+    def wait(self, requests: Sequence[MPI.Request], what: Callable[[], str], other: Other = ALL) -> None:
         """Return once all requests are complete.
 
         Parameters
@@ -54,6 +112,8 @@ class Waiter:
             Completed ones are allowed.
         what : callable
             Gives the words for the error: what was waited for, and from whom.
+        other : Other
+            The same for `watch`.
 
         Raises
         ------
@@ -74,6 +134,7 @@ class Waiter:
             if time.perf_counter() < stop_yielding:
                 os.sched_yield()
                 continue
+            self.watch.nap(*other, what)
             time.sleep(nap_s)
             nap_s = min(1.2 * nap_s, _LONGEST_SLEEP_S)
             if time.perf_counter() - start > self.timeout_s:
@@ -82,6 +143,7 @@ class Waiter:
                     " parallel.timeout_s allows (raise it for very large stages)"
                 )
         self.waited_s += time.perf_counter() - start
+        self.watch.waited(*other, start)
 
 
 def _incomplete(requests: Sequence[MPI.Request]) -> list[MPI.Request]:
