@@ -114,6 +114,22 @@ class Interruption(Exception):
         self.cause = cause
 
 
+class Rewind(Interruption):
+    """Makes ranks go back to an earlier step; all ranks raise it.
+
+    Parameters
+    ----------
+    cause : str
+        Why, as a clause for people.
+    to_step : int
+        They go on from the newest checkpoint of this step or an earlier one, or from the start if there is none.
+    """
+
+    def __init__(self, cause: str, to_step: int) -> None:
+        super().__init__(cause)
+        self.to_step = to_step
+
+
 BY_CODE: dict[int, type[HpcpipeError]] = {
     int(kind.exit_code): kind
     for kind in (UsageError, DamagedError, NumericsError, RankError, InUseError, DiskError, StoppedError)

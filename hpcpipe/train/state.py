@@ -1,7 +1,7 @@
 """What a rank trains: its stages of the model, their weights, and the optimizer's state."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -72,6 +72,10 @@ class State:
         Last finished step.
     team : Team
         The threads of the rank.
+    is_torn : bool
+        Whether weights and moments are not those of `step`: an update is under way, or they have changed by themselves.
+    digests : dict of int to tuple of int
+        Digests of the parts that this rank updates, after each of the last two steps, if they are guarded.
     """
 
     config: Config
@@ -80,6 +84,8 @@ class State:
     stages: dict[int, StageState]
     step: int = 0
     team: Team = ALONE
+    is_torn: bool = False
+    digests: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def last_stage(self) -> int:
