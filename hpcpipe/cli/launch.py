@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MPI_VERBS = ("train", "bench")
 
 _MPIRUN_REFUSED = 213
+_MOST_NAMED = 3
 _TOLD = re.compile(rb"hpcpipe: (?:error|stopped): |Traceback")
 _DESCRIPTION = """\
 Start N ranks of a verb with Open MPI's mpirun and the options that this machine needs.
@@ -172,9 +173,11 @@ def launch(
     num_started = num_ranks + num_spares
     why_not = fault_tolerance.why_not(mpirun, num_started, recovery, mpirun_args, environ)
     _announce(why_not, recovery, num_spares, environ)
+    machine = launcher.this_machine()
     command = launcher.mpirun_command(
-        mpirun, num_started, program, launcher.this_machine(), mpirun_args, environ, survives_failures=not why_not
+        mpirun, num_started, program, machine, mpirun_args, environ, survives_failures=not why_not
     )
+    num_here = num_started if launcher.is_one_node(machine, mpirun_args) else None
 
     def progress() -> Progress:
         status = read_status(directory, launch_id)
@@ -183,7 +186,7 @@ def launch(
         return Progress.RUNNING if status.exit_code is None else Progress.FINAL
 
     with launcher.session_folder(environ), _locked(directory, environ):
-        outcome = supervise(command, environ, progress)
+        outcome = supervise(command, environ, progress, survives_failures=not why_not, num_ranks=num_here)
     if directory is None and outcome.code == 0 and not outcome.failures:
         return int(ExitCode.DONE)
     try:
@@ -344,6 +347,8 @@ def _story(outcome: "Outcome") -> str:
     """Say in a clause how the ranks ended."""
     if outcome.failures:
         return str(outcome.failures[0])
+    if outcome.losses:
+        return " and ".join(map(str, outcome.losses[:_MOST_NAMED]))
     if outcome.code < 0:
         return f"mpirun was ended by signal {-outcome.code}"
     return f"mpirun ended with code {outcome.code}"

@@ -1,7 +1,8 @@
 """What ``mpirun`` prints about ranks and nodes that failed, turned from its standard error into facts.
 
 When a rank ends badly or a node is lost, ``mpirun`` prints a block between two lines of dashes. The run itself has
-mostly said by then what went wrong, and the block hides it. Everything else passes unchanged, in order.
+mostly said by then what went wrong, and the block hides it. Ranks that survive one print lines of Open MPI's libnbc,
+which say nothing that they do not know. Everything else passes unchanged, in order.
 """
 
 import re
@@ -24,7 +25,18 @@ _BLOCKS = (
     rb"\S+ has lost communication with a remote daemon\.\n\n  HNP daemon   : [^\n]*\n"
     rb"  Remote daemon: \S+ on node (?P<lost_node>\S+)\n\n(?:[^\n]+\n){4}",
 )
-_BANNER = re.compile(_RULE + b"(?:" + b"|".join(_BLOCKS) + b")" + _RULE + rb"\x00?")
+_BROKEN_OFF = b"NBC_Progress: an error "
+_BANNER = re.compile(
+    _RULE
+    + b"(?:"
+    + b"|".join(_BLOCKS)
+    + b")"
+    + _RULE
+    + rb"\x00?|"
+    # 75 to 77: a rank has died, perhaps with messages under way, or the communicator was revoked.
+    + _BROKEN_OFF
+    + rb"7[567] was found during schedule \S+ at row-offset -?\d+ - aborting the schedule\n\n?"
+)
 _FIRST_WORDS = re.compile(
     rb"\S* (?:detected that one or more processes|noticed that process rank|has exited due to process rank"
     rb"|has lost communication)"
@@ -52,7 +64,7 @@ class Failure:
 
 
 class BannerFilter:
-    """A stream filter that takes out ``mpirun``'s blocks about failed ranks and lost nodes.
+    """A stream filter that takes out ``mpirun``'s blocks about failed ranks and lost nodes, and libnbc's lines.
 
     Text that cannot belong to a block leaves at once, also unfinished lines. Text that may become one is held
     until it is complete, or until `release`.
@@ -66,7 +78,7 @@ class BannerFilter:
     def __init__(self) -> None:
         self.failures: list[Failure] = []
         self._held = b""
-        self._is_behind_block = False
+        self._ending = b""
 
     @property
     def is_holding(self) -> bool:
@@ -86,16 +98,19 @@ class BannerFilter:
         bytes
             Text to show, in order.
         """
-        if self._is_behind_block:
-            # mpirun ends a block with a zero byte, often in a write of its own.
-            chunk = chunk.removeprefix(b"\0")
+        # A zero byte ends a block and an empty line libnbc's, often in a write of its own.
+        if chunk:
+            chunk, self._ending = chunk.removeprefix(self._ending), b""
         text, self._held = self._held + chunk, b""
         shown = []
         while match := _BANNER.search(text):
             shown.append(text[: match.start()])
-            self.failures.append(_failure(match))
             text = text[match.end() :]
-        self._is_behind_block = bool(shown) and not text
+            is_block = match[0].startswith(_RULE)
+            if is_block:
+                self.failures.append(_failure(match))
+            ending = b"\0" if is_block else b"\n"
+            self._ending = ending if not text and not match[0].endswith(2 * b"\n") else b""
         start = _possible_start(text)
         self._held = text[start:]
         return b"".join([*shown, text[:start]])
@@ -120,12 +135,15 @@ def _failure(match: re.Match[bytes]) -> Failure:
 
 
 def _possible_start(text: bytes) -> int:
-    """Return where a block may have begun; the length of the text where none has."""
+    """Return where a block or libnbc's line may have begun; the length of the text where none has."""
     start = text.find(_RULE, max(0, len(text) - _LONGEST))
     while start >= 0:
         if _may_be_block(text[start + len(_RULE) :]):
             return start
         start = text.find(_RULE, start + 1)
+    line = text[text.rfind(b"\n") + 1 :]
+    if line and line.startswith(_BROKEN_OFF[: len(line)]):
+        return len(text) - len(line)
     num_dashes = len(text) - len(text.rstrip(b"-"))
     return len(text) - min(num_dashes, len(_RULE) - 1)
 

@@ -204,6 +204,19 @@ def session_folder(environ: MutableMapping[str, str]) -> Iterator[None]:
         yield
 
 
+def is_one_node(machine: Machine, extra: Sequence[str] = ()) -> bool:
+    """Return whether all ranks run on this node.
+
+    Parameters
+    ----------
+    machine : Machine
+        Facts of the machine.
+    extra : sequence of str
+        The user's own options of ``mpirun``, which may name hosts.
+    """
+    return machine.num_nodes == 1 and not _is_given(extra, "--host", "--hostfile")
+
+
 def _ask_version(mpirun: Path) -> tuple[str, str]:
     """Return the first line of ``mpirun --version``, and of its complaints."""
     environ = dict(os.environ)
@@ -252,7 +265,7 @@ def _transports(machine: Machine, extra: Sequence[str], environ: Mapping[str, st
     """Choose shared memory on one node, which starts 1 s faster than probing networks; else the site's own."""
     chosen = any(name in environ for name in ("OMPI_MCA_btl", "OMPI_MCA_pml", "OMPI_MCA_mtl"))
     given = fault_tolerance.mca_options(extra).keys() & {"btl", "pml", "mtl"}
-    if machine.num_nodes > 1 or chosen or given or _is_given(extra, "--host", "--hostfile"):
+    if chosen or given or not is_one_node(machine, extra):
         return []
     return ["--mca", "btl", "self,sm", "--mca", "pml", "ob1"]
 

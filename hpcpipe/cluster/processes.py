@@ -22,6 +22,30 @@ def children(pid: int) -> list[int]:
     return [child for child, parent, _, state in _processes() if parent == pid and state not in "ZX"]
 
 
+def variable(pid: int, name: str) -> str | None:
+    """Return a variable of the environment that a process was started with.
+
+    Parameters
+    ----------
+    pid : int
+        The process.
+    name : str
+        The variable.
+
+    Returns
+    -------
+    str or None
+        None where it is not set, or the process has ended or is another user's.
+    """
+    try:
+        content = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return None
+    start = f"{name}=".encode()
+    found = next((entry for entry in content.split(b"\0") if entry.startswith(start)), None)
+    return None if found is None else found[len(start) :].decode(errors="replace")
+
+
 def kill_session(session: int) -> None:
     """Kill every process of a session, whatever its process group.
 

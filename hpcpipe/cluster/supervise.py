@@ -12,14 +12,17 @@ from types import FrameType
 
 from hpcpipe.cluster.banner import BannerFilter, Failure
 from hpcpipe.cluster.environment import parent_signal
-from hpcpipe.cluster.processes import children, kill_session
+from hpcpipe.cluster.processes import kill_session
+from hpcpipe.cluster.rank_processes import RankProcesses
 from hpcpipe.cluster.relay import Relay, wait
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _TURN_S = 0.2
 _HANG_CHECK_S = 1.0
 _FINAL_GRACE_S = 15.0
+_SURVIVING_GRACE_S = 3.0
 _EMPTY_GRACE_S = 3.0
+_INCOMPLETE_GRACE_S = 5.0
 
 
 class Progress(IntEnum):
@@ -39,7 +42,10 @@ class Outcome:
     code : int
         Its exit code; negative: the signal that ended it.
     failures : tuple of Failure
-        Ranks that ended badly and nodes that were lost, first things first, as ``mpirun`` reported them.
+        Ranks that ended badly and nodes that were lost, first things first, as ``mpirun`` reported them. Where ranks
+        survive each other, lost nodes only.
+    losses : tuple of Failure
+        Where ranks survive each other: those that were the first to end, shortly before the end.
     was_asked_to_stop, was_killed : bool
         A stop was asked for; everything was killed at once on request.
     was_ended : bool
@@ -57,6 +63,7 @@ class Outcome:
     was_ended: bool = False
     has_begun: bool = field(default=False, compare=False)
     told: bytes = field(default=b"", compare=False)
+    losses: tuple[Failure, ...] = field(default=(), compare=False)
 
 
 def new_launch_id() -> str:
@@ -64,7 +71,14 @@ def new_launch_id() -> str:
     return f"{int(time.time())}-{os.getpid()}-{os.urandom(4).hex()}"
 
 
-def supervise(command: Sequence[str], environ: Mapping[str, str], progress: Callable[[], Progress]) -> Outcome:
+def supervise(
+    command: Sequence[str],
+    environ: Mapping[str, str],
+    progress: Callable[[], Progress],
+    *,
+    survives_failures: bool = False,
+    num_ranks: int | None = None,
+) -> Outcome:
     """Run ``mpirun`` to its end.
 
     SIGINT, SIGTERM, SIGUSR1 and SIGHUP (where it is not ignored) ask the run to stop, and so does the end of the
@@ -80,6 +94,10 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], progress: Call
         Its environment.
     progress : callable
         Reads how far the run is; called a few times per second.
+    survives_failures : bool
+        Whether ranks survive each other once the run is `Progress.RUNNING`, so that the end of one is not the end.
+    num_ranks : int, optional
+        Ranks to expect on this node, where that is known.
 
     Returns
     -------
@@ -104,7 +122,8 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], progress: Call
             preexec_fn=tie_to_parent,
         )
         with process:
-            watch = _Watch(process, progress, signals)
+            ranks = RankProcesses(process.pid, num_ranks)
+            watch = _Watch(process, progress, signals, ranks, survives_failures)
             try:
                 watch.until_end()
             finally:
@@ -113,12 +132,13 @@ def supervise(command: Sequence[str], environ: Mapping[str, str], progress: Call
             watch.pass_rest()
     return Outcome(
         code=process.returncode,
-        failures=tuple(watch.banners.failures),
+        failures=watch.failures,
         was_asked_to_stop=watch.was_asked_to_stop,
         was_killed=watch.was_killed,
         was_ended=watch.was_ended,
         has_begun=watch.has_begun,
         told=watch.err.tail,
+        losses=ranks.lost_last() if survives_failures else (),
     )
 
 
@@ -154,7 +174,14 @@ class _Signals:
 class _Watch:
     """The loop beside a running ``mpirun``."""
 
-    def __init__(self, process: subprocess.Popen[bytes], progress: Callable[[], Progress], signals: _Signals) -> None:
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        progress: Callable[[], Progress],
+        signals: _Signals,
+        ranks: RankProcesses,
+        survives_failures: bool,
+    ) -> None:
         assert process.stdout is not None and process.stderr is not None
         self.banners = BannerFilter()
         self.out = Relay(process.stdout.fileno(), sys.stdout)
@@ -166,13 +193,21 @@ class _Watch:
         self._progress = progress
         self._furthest = Progress.NOT_STARTED
         self._signals = signals
+        self._ranks = ranks
+        self._survives_failures = survives_failures
         self._num_interrupts = 0
         self._final_since: float | None = None
         self._empty_since: float | None = None
         self._failed_since: float | None = None
+        self._incomplete_since: float | None = None
         self._had_ranks = False
         self._has_told_loss = False
         self._next_check = 0.0
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """What ``mpirun`` has told of and the run cannot survive."""
+        return tuple(one for one in self.banners.failures if one.rank is None or not self._survives_failures)
 
     @property
     def has_begun(self) -> bool:
@@ -248,23 +283,31 @@ class _Watch:
         """Tell whether the run is over but ``mpirun`` is not: its shutdown can lock up after a rank died.
 
         What has failed by its own account it ends within a second; on several nodes its children are also what it
-        started the others' daemons with.
+        started the others' daemons with. Where ranks survive each other it never ends one by itself, and one that is
+        missing at the start leaves the others waiting in the start of MPI.
         """
         now = time.monotonic()
         if now < self._next_check:
             return False
         self._next_check = now + _HANG_CHECK_S
         is_final = self._look() is Progress.FINAL
-        has_ranks = bool(children(self._process.pid))
+        self._ranks.look()
+        has_ranks = bool(self._ranks.num_children)
         self._had_ranks |= has_ranks
         is_empty = self._had_ranks and not has_ranks
+        is_incomplete = self._survives_failures and not self.has_begun and self._ranks.num_lost > 0
         self._final_since = (self._final_since or now) if is_final else None
         self._empty_since = (self._empty_since or now) if is_empty else None
-        self._failed_since = (self._failed_since or now) if self.banners.failures else None
-        if self._empty_since and now - self._empty_since > (_EMPTY_GRACE_S if is_final else _FINAL_GRACE_S):
-            return True
-        since = [moment for moment in (self._final_since, self._failed_since) if moment is not None]
-        return bool(since) and now - min(since) > _FINAL_GRACE_S
+        self._failed_since = (self._failed_since or now) if self.failures else None
+        self._incomplete_since = (self._incomplete_since or now) if is_incomplete else None
+        final_grace_s = _SURVIVING_GRACE_S if self._survives_failures else _FINAL_GRACE_S
+        graces = (
+            (self._empty_since, _EMPTY_GRACE_S if is_final or self._survives_failures else _FINAL_GRACE_S),
+            (self._final_since, final_grace_s),
+            (self._failed_since, _FINAL_GRACE_S),
+            (self._incomplete_since, _INCOMPLETE_GRACE_S),
+        )
+        return any(since is not None and now - since > grace_s for since, grace_s in graces)
 
 
 def _do_nothing(signum: int, frame: FrameType | None) -> None:

@@ -267,3 +267,25 @@ def test_a_banner_that_never_ends_is_released_whole() -> None:
     assert banners.is_holding
     assert banners.release() == EXITED[:-30]
     assert not banners.is_holding
+
+
+BROKEN_OFF = (
+    b"NBC_Progress: an error 75 was found during schedule 0x55b7856e6d10 at row-offset 0 - aborting the schedule\n"
+)
+
+
+@pytest.mark.parametrize("size", [1, 7, 75, 4096])
+def test_lines_that_survivors_cannot_help_are_dropped(size: int) -> None:
+    stream = (
+        b"one\n" + BROKEN_OFF + b"\n" + BROKEN_OFF.replace(b"75", b"77") + KILLED + b"two\n" + BROKEN_OFF + b"\n\nN"
+    )
+    banners = BannerFilter()
+    shown = b"".join(banners.feed(stream[i : i + size]) for i in range(0, len(stream), size)) + banners.release()
+    assert shown == b"one\ntwo\n\nN"
+    assert [failure.rank for failure in banners.failures] == [1]
+
+
+def test_other_errors_of_collectives_stay() -> None:
+    line = BROKEN_OFF.replace(b"75", b"15")
+    banners = BannerFilter()
+    assert banners.feed(line) + banners.release() == line

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpcpipe.cluster import supervise
+from hpcpipe.cluster import rank_processes, supervise
 from hpcpipe.cluster.supervise import Outcome, Progress
 
 Captured = pytest.CaptureFixture[str]
@@ -193,3 +193,81 @@ def test_an_ignored_hangup_stays_ignored() -> None:
 
 def test_launch_ids_are_unique() -> None:
     assert len({supervise.new_launch_id() for _ in range(100)}) == 100
+
+
+RANKS = (
+    "import os, subprocess, sys, time\n"
+    "def rank(number, seconds): return subprocess.Popen(['sleep', str(seconds)],"
+    " env={**os.environ, 'OMPI_COMM_WORLD_RANK': str(number)}, stderr=subprocess.DEVNULL)\n"
+)
+
+
+def survive(program: str, progress: Progress = Progress.RUNNING, num_ranks: int | None = None) -> Outcome:
+    command = [sys.executable, "-c", program]
+    return supervise.supervise(command, os.environ, lambda: progress, survives_failures=True, num_ranks=num_ranks)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten every wait, so that tests tell the grace periods apart by 0.5, 1.5 and 4 s."""
+    monkeypatch.setattr(supervise, "_HANG_CHECK_S", 0.1)
+    monkeypatch.setattr(supervise, "_SURVIVING_GRACE_S", 0.5)
+    monkeypatch.setattr(supervise, "_INCOMPLETE_GRACE_S", 0.5)
+    monkeypatch.setattr(supervise, "_EMPTY_GRACE_S", 1.5)
+    monkeypatch.setattr(supervise, "_FINAL_GRACE_S", 4.0)
+
+
+@pytest.mark.parametrize(("recent_s", "losses"), [(60.0, [1]), (1.0, [])])
+def test_a_killed_rank_is_not_the_end_where_ranks_survive(
+    quick: None, recent_s: float, losses: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rank_processes, "_RECENT_S", recent_s)
+    monkeypatch.setattr(supervise, "_FINAL_GRACE_S", 1.0)
+    rule = "-" * 74 + "\n"
+    banner = f"{rule}prterun noticed that process rank 1 with PID 4632 on node n2 exited on\nsignal 9 (Killed).\n{rule}"
+    outcome = survive(
+        f"{RANKS}sys.stderr.write({banner!r}); sys.stderr.flush()\nfirst, second = rank(0, 3), rank(1, 0.5)\n"
+        "first.wait(); second.wait()"
+    )
+    assert outcome == Outcome(0, (), False, False)
+    assert [failure.rank for failure in outcome.losses] == losses
+
+
+def test_a_lost_node_is_the_end_also_where_ranks_survive(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervise, "_FINAL_GRACE_S", 0.5)
+    rule = "-" * 74 + "\n"
+    banner = (
+        f"{rule}PRTE has lost communication with a remote daemon.\n\n"
+        "  HNP daemon   : [prterun-n1-4608@0,0] on node n1\n"
+        f"  Remote daemon: [prterun-n1-4608@0,1] on node n2\n\na\nb\nc\nd\n{rule}"
+    )
+    outcome = survive(f"{RANKS}sys.stderr.write({banner!r}); sys.stderr.flush()\nrank(0, 30).wait()")
+    assert outcome.code == -9
+    assert [str(failure) for failure in outcome.failures] == ["node n2 was lost: its connection to mpirun broke"]
+
+
+def test_ranks_that_stay_after_the_end_are_killed_soon_where_they_survive_each_other(quick: None) -> None:
+    began = time.monotonic()
+    assert survive(f"{RANKS}rank(0, 30).wait()", Progress.FINAL).code == -9
+    assert 0.5 < time.monotonic() - began < 2.5
+
+
+def test_a_rank_that_ends_before_the_run_begins_is_the_end(quick: None) -> None:
+    began = time.monotonic()
+    outcome = survive(f"{RANKS}first = rank(0, 30); rank(1, 0.5).wait(); first.wait()", Progress.NOT_STARTED)
+    assert outcome.code == -9
+    assert [failure.rank for failure in outcome.losses] == [1]
+    assert 1.0 < time.monotonic() - began < 3.5
+
+
+def test_a_rank_that_was_never_seen_is_missed(quick: None) -> None:
+    outcome = survive(f"{RANKS}rank(0, 30).wait()", Progress.NOT_STARTED, num_ranks=2)
+    assert outcome.code == -9
+    assert [str(failure) for failure in outcome.losses] == [f"rank 1 on {os.uname().nodename} has ended"]
+
+
+def test_ranks_that_are_all_there_may_take_their_time(quick: None) -> None:
+    outcome = survive(
+        f"{RANKS}first, second = rank(0, 2), rank(1, 2); first.wait(); second.wait()", Progress.NOT_STARTED, 2
+    )
+    assert outcome.code == 0
