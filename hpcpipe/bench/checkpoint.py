@@ -156,8 +156,8 @@ class _Bench:
         )
         num_bytes = own.stat().st_size if own.exists() else 0
         rounds.seconds["read_back"].append(self._time(self._read_back))
-        source = f"/proc/self/fd/{self._writer.block.handle}"
-        handles = (self._writer.block.handle,)
+        source = f"/proc/self/fd/{self._writer.handle}"
+        handles = (self._writer.handle,)
         rounds.seconds["dd_write"].append(
             self._time(lambda: _dd([f"if={source}", f"of={copy}", "conv=fsync"], num_bytes, handles))
         )

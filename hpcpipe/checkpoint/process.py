@@ -117,6 +117,16 @@ class WriterProcess:
                 )
             time.sleep(_NAP_S)
 
+    def kill(self) -> None:
+        """End the process at once, whatever it is doing; the next order starts another."""
+        if self._is_running:
+            self._process.kill()
+            self._end()
+
+    def forget(self) -> None:
+        """Forget what `prepare` was called with."""
+        self._setup.clear()
+
     def close(self) -> None:
         """Let the process end when it has carried out its orders, or end it."""
         if not self._is_running:

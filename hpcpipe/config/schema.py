@@ -111,7 +111,7 @@ class RecoveryConfig:
     )
     max_attempts: int = key(3, "recoveries without a finished step between them before the run stops with exit code 75")
     hang_s: float = key(
-        10.0, "least seconds without progress that count as a hang; slow steps are given more; 0: hangs are not looked for"
+        10.0, "least seconds without progress that count as a hang; slow steps get more; 0: hangs are not looked for"
     )
 
 

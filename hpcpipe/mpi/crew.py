@@ -1,8 +1,8 @@
-"""All live processes of a launch, and the calls of MPI's user-level fault tolerance that rebuild them after a failure.
+"""All live processes of a launch, and the calls of MPI's fault tolerance that bring them together after a failure.
 
-The sequence in which a run uses them, and why, is in docs/recovery.md. Two rules keep it free of deadlocks: whoever sees
-a failure revokes every communicator, and every process calls `agree` and `shrink` in the same order, since both run
-agreements on the same communicator.
+The sequence in which a run uses them, and why, is in docs/recovery.md. Two rules keep it free of deadlocks: whoever
+sees a failure revokes every communicator, and every process calls `agree` and `shrink` in the same order, since both
+run agreements on the same communicator.
 """
 
 import os
@@ -58,7 +58,7 @@ class Crew:
 
     @property
     def rank(self) -> int:
-        """This process among the live ones; it moves up when a lower one has died."""
+        """The place of this process among the live ones; it moves up when a lower one has died."""
         return int(self.comm.rank)
 
     @property

@@ -60,3 +60,8 @@ def make_grid(comm: MPI.Intracomm, pipeline: int, data: int, *, owns_comm: bool 
     pipeline_comm = cast(MPI.Intracomm, comm.Split(color=replica, key=stage_rank))
     data_comm = cast(MPI.Intracomm, comm.Split(color=stage_rank, key=replica))
     return Grid(comm, pipeline, data, stage_rank, replica, pipeline_comm, data_comm, owns_comm)
+
+
+def line_grid(comm: MPI.Intracomm) -> Grid:
+    """Return all ranks of a communicator in one row, without communicators of their own: for setting up."""
+    return Grid(comm, comm.size, 1, comm.rank, 0, comm, comm)

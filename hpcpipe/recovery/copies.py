@@ -160,9 +160,7 @@ class Copies:
         """Post the receives of the neighbour's version, and note what is to be copied."""
         assert self._channel is not None
         self.finish()
-        own, held = (
-            steps.index(step if step in steps else min(steps)) for steps in (self.own_steps, self.held_steps)
-        )
+        own, held = (steps.index(step if step in steps else min(steps)) for steps in (self.own_steps, self.held_steps))
         self.own_steps[own] = self.held_steps[held] = NOTHING
         self._step, self._slots = step, (own, held)
         for index, chunk in enumerate(_cut(self._held[held])):

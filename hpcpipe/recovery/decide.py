@@ -1,4 +1,4 @@
-"""What to do after a failure: a pure function of what all survivors know, so that each decides alike without a leader."""
+"""What to do after a failure: a pure function of what all survivors know, so that nobody has to lead."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ def decide(
             return Decision(one.failed, rank)
     working = [rank for rank, one in enumerate(standings) if not one.is_spare]
     if not working:
-        return Decision(ExitCode.STOPPED, reason="every rank that trained is gone; the spares know nothing of its state")
+        return Decision(ExitCode.STOPPED, reason="every rank that trained is gone")
     if all(standings[rank].finished for rank in working):
         return Decision(standings[working[0]].finished - 1, working[0])
     if level > 1:
@@ -100,19 +100,21 @@ def decide(
     if len(standings) < pipeline * data:
         chosen = choose_grid(len(standings))
         if chosen is None:
-            reason = f"{len(standings)} ranks are left of {pipeline * data}, and no spare; the model cannot be cut for so few"
+            left = f"{len(standings)} processes are left for {pipeline * data} ranks"
+            reason = f"{left}, and the model cannot be cut for so few"
             return Decision(ExitCode.STOPPED, reason=reason)
         degrees = chosen
     roles = assign(standings, (pipeline, data), degrees)
     rewind = max(one.rewind for one in standings)
-    step, holders = NOTHING, {}
+    step = NOTHING
+    holders: dict[int, Holder] = {}
     if level == 0 and rewind == NOTHING and all(standings[rank].is_ready for rank in working):
         step, holders = newest(standings, pipeline * data)
     return Decision(None, NOTHING, "", *degrees, roles, step, rewind, holders)
 
 
 def newest(standings: Sequence[Standing], num_roles: int) -> tuple[int, dict[int, Holder]]:
-    """Return the newest step that the state of every rank is held of, and who holds it; -1 and nothing if there is none.
+    """Return the newest step that every rank's state is held of, and who holds it; -1 and nothing if there is none.
 
     Parameters
     ----------
@@ -142,9 +144,7 @@ def _offer(one: Standing, source: Source) -> tuple[int, tuple[int, ...]]:
     return one.role, one.own if source is Source.OWN else (one.live,)
 
 
-def assign(
-    standings: Sequence[Standing], before: tuple[int, int], after: tuple[int, int]
-) -> tuple[int, ...]:
+def assign(standings: Sequence[Standing], before: tuple[int, int], after: tuple[int, int]) -> tuple[int, ...]:
     """Return the new role of each survivor: its old one, or one of the same stage, wherever that is possible.
 
     Parameters
@@ -162,6 +162,7 @@ def assign(
         alike = [rank for rank in free if before == after and standings[rank].role == role]
         if not alike and before[0] == pipeline and before != after:
             alike = [rank for rank in free if _stage(standings[rank], pipeline) == role % pipeline]
+            alike.sort(key=lambda rank: standings[rank].role)
         if alike:
             roles[alike[0]] = role
             free.remove(alike[0])

@@ -97,7 +97,7 @@ def plan_moves(held: Mapping[int, Sequence[Entry]], wanted: Mapping[int, Sequenc
     return moves
 
 
-class State:
+class Parts:
     """The parts of one rank, which may lie apart, as if they lay one behind the other.
 
     Parameters
@@ -120,7 +120,7 @@ class State:
 def carry_out(
     moves: Sequence[Move],
     holders: Mapping[int, int],
-    sources: Mapping[int, State],
+    sources: Mapping[int, Parts],
     targets: Sequence[np.ndarray],
     channel: Channel,
     rank: int,
@@ -133,7 +133,7 @@ def carry_out(
         All of them.
     holders : mapping of int to int
         The survivor that holds the state of each rank of the old grid.
-    sources : mapping of int to State
+    sources : mapping of int to Parts
         Of the ranks whose state this process holds.
     targets : sequence of ndarray
         What this process wants, flat: written to.

@@ -50,16 +50,53 @@ class Answer(IntEnum):
 
 
 class WriterMemory:
-    """A writer process and the memory that it shares with its rank; made before MPI starts."""
+    """A writer process and the memory that it shares with its rank; made before MPI starts.
+
+    Attributes
+    ----------
+    process : WriterProcess
+        The process.
+    is_busy : bool
+        Whether it is writing a checkpoint that ranks wait for.
+    """
 
     def __init__(self) -> None:
-        self.block = SharedBlock(SNAPSHOT)
-        self.process = WriterProcess(self.block.handle)
+        self._start()
+
+    def _start(self) -> None:
+        self._block = SharedBlock(SNAPSHOT)
+        self._memory: np.ndarray | None = None
+        self.process = WriterProcess(self._block.handle)
+        self.is_busy = False
+
+    @property
+    def handle(self) -> int:
+        """Open file descriptor of the memory."""
+        return self._block.handle
+
+    def claim(self, num_bytes: int) -> np.ndarray:
+        """Return the shared memory, for the first user or the next; what the last one has left undone is given up.
+
+        Raises
+        ------
+        UsageError
+            The machine does not have so much memory.
+        """
+        if self.is_busy:
+            self.process.kill()
+            self.is_busy = False
+        if self._memory is not None and self._memory.nbytes != num_bytes:
+            self.close()
+            self._start()
+        self.process.forget()
+        if self._memory is None:
+            self._memory = self._block.allocate(num_bytes)
+        return self._memory
 
     def close(self) -> None:
         """End the process."""
         self.process.close()
-        self.block.close()
+        self._block.close()
 
 
 class Checkpoints:
@@ -104,10 +141,10 @@ class Checkpoints:
         self.blocked_s = 0.0
         self._session, self._state, self._data, self._lock, self._cadence = session, state, data, lock, cadence
         self._comm, self._waiter = session.grid.comm, session.waiter
-        self._process = writer.process
         specs = piece_specs(state)
         sizes = [spec.num_bytes for spec in specs]
-        memory = writer.block.allocate(snapshot_bytes(sizes))
+        memory = writer.claim(snapshot_bytes(sizes))
+        self._writer, self._process = writer, writer.process
         self._snapshot = Snapshot(memory, sizes)
         self._has_pieces = bool(specs)
         order = {"do": "prepare", "rank": self._comm.rank, "bytes": memory.nbytes}
@@ -287,6 +324,7 @@ class Checkpoints:
 
     def _enter(self, phase: Phase, answer: Answer = Answer.NONE) -> None:
         self._phase, self._answer, self._reply = phase, answer, {}
+        self._writer.is_busy = phase is not Phase.IDLE
 
     def _commit(self) -> None:
         """Let rank 0 commit what all ranks have written."""

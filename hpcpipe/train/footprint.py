@@ -18,10 +18,12 @@ from hpcpipe.mpi.wait import Waiter
 from hpcpipe.optim.adamw import MOMENTS
 from hpcpipe.pipeline.buffers import RankLayout, StageShape
 from hpcpipe.pipeline.packed import packed_tensors, panel_specs
+from hpcpipe.recovery.copies import copy_specs, kept_by
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.train.batches import batch_specs
 from hpcpipe.train.gradients import tied_spec, tied_uses
 from hpcpipe.train.norm import square_specs
+from hpcpipe.train.parts import entries_of
 from hpcpipe.train.rows import row_specs
 from hpcpipe.train.save import SNAPSHOT, piece_sizes
 from hpcpipe.train.stage_tensors import ModelPlan, StageTensors, plan_model
@@ -113,6 +115,8 @@ class _Rank:
         parallel, model = config.parallel, config.model
         self._config = config
         self._schedule = schedule
+        self._plan = plan
+        self._stage_rank = stage_rank
         self._model = plan.layers
         self._stages = {index: plan.stage(index) for index in schedule.stages_of(stage_rank)}
         stream = (parallel.microbatch_size * model.context, model.width)
@@ -152,11 +156,23 @@ class _Rank:
         received = tied_spec(tied_uses(self._stages, last_stage, self._config.model.tied, replica))
         return Counter(
             {
+                **self._copies(replica),
                 "moments": len(MOMENTS) * moments * _FLOAT_BYTES,
                 "sums": _bytes({"received": received}),
                 SNAPSHOT: snapshot_bytes(piece_sizes(self._stages.values(), replica)),
             }
         )
+
+    def _copies(self, replica: int) -> dict[str, int]:
+        """Return what is kept of the own and the neighbour's state."""
+        parallel = self._config.parallel
+        if not self._config.recovery.copy_every or parallel.pipeline * parallel.data == 1:
+            return {}
+        role = replica * parallel.pipeline + self._stage_rank
+        kept, stage_rank = divmod(kept_by(role, parallel.pipeline, parallel.data), parallel.pipeline)
+        neighbour = [self._plan.stage(index) for index in self._schedule.stages_of(stage_rank)]
+        own_size = entries_of(self._stages.values(), replica)[1]
+        return {"copies": _bytes(copy_specs(own_size, entries_of(neighbour, kept)[1]))}
 
     def total(self, activation_bytes: int) -> int:
         """Return all bytes of the replica that needs most."""

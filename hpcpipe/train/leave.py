@@ -4,7 +4,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hpcpipe.errors import ExitCode, HpcpipeError
@@ -17,9 +17,20 @@ _LONGEST_SPEAK_S = 2.0
 
 
 class Outcome:
-    """How a block under `leaving_together` ended; its code counts only if the block raised."""
+    """How a block under `leaving_together` ended; its code counts only if the block raised.
+
+    Attributes
+    ----------
+    code : ExitCode
+        What the process returns.
+    speaks : callable
+        Whether this process tells an error that all ranks raise; the block may replace it.
+    """
 
     code = ExitCode.DONE
+
+    def __init__(self, speaks: Callable[[], bool]) -> None:
+        self.speaks = speaks
 
 
 @contextlib.contextmanager
@@ -37,16 +48,16 @@ def leaving_together(world: World, directory: Path | None) -> Iterator[Outcome]:
     directory : Path or None
         Where ``status.json`` goes; None if the configuration does not say.
     """
-    outcome = Outcome()
+    outcome = Outcome(lambda: world.rank == 0)
     try:
         yield outcome
     except HpcpipeError as error:
         outcome.code = error.exit_code
         if not error.on_all_ranks:
             _let_lower_ranks_speak(world)
-        if world.rank == 0 or not error.on_all_ranks:
+        if outcome.speaks() or not error.on_all_ranks:
             _tell(world, error)
-            write_last_status(directory, error, is_first=world.rank == 0)
+            write_last_status(directory, error, is_first=outcome.speaks())
         if not error.on_all_ranks:
             runtime.abort(error.exit_code)
     except BaseException as error:

@@ -1,6 +1,7 @@
 """The loop: steps, evaluations and checkpoints until the last step or a request to stop."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,8 @@ class Loop:
         Takes checkpoints of the state.
     peak_flops : float
         What MFU is measured against.
+    copy : callable
+        Begins to copy the state of a finished step.
 
     Attributes
     ----------
@@ -53,6 +56,7 @@ class Loop:
         stop: StopRequest,
         checkpoints: Checkpoints,
         peak_flops: float,
+        copy: Callable[[int], None],
     ) -> None:
         self._session = session
         self._state = state
@@ -60,6 +64,7 @@ class Loop:
         self._evaluator = evaluator
         self._stop = stop
         self._checkpoints = checkpoints
+        self._copy = copy
         self._metrics = session.metrics
         samples = session.config.parallel.microbatches * session.config.parallel.microbatch_size
         self._peak_flops_per_step = training_flops_per_sample(state.model) * samples / peak_flops
@@ -87,6 +92,7 @@ class Loop:
             for step in range(state.step + 1, config.train.steps + 1):
                 self._stop.look(step, self.steps_s[-1] if self.steps_s else 0.0, self._checkpoints.commit_s)
                 result = self._trainer.run(step, self._notes)
+                self._copy(step)
                 self._record(step, result)
                 self._checkpoints.after_step(result.step_s, result.heard.answers)
                 is_last = step == config.train.steps

@@ -1,4 +1,4 @@
-"""What all processes of a run know of it, spares included: enough to take any rank's place, and to plan a smaller grid."""
+"""What all processes of a run know of it: enough for a spare to take any rank's place, and to plan a smaller grid."""
 
 import pickle
 from collections.abc import Iterator

@@ -50,9 +50,11 @@ def entries_of(stages: Iterable[StageTensors], shard: int) -> tuple[list[Entry],
             offset += last - first
         offsets, size = offsets_of(moment_shapes(stage, shard))
         for moment in MOMENTS:
-            for held in stage.updated_slices(shard):
-                if held.name in owned:
-                    entries.append(Entry(held.name, moment, held.start, held.stop, offset + offsets[held.name]))
+            entries += [
+                Entry(held.name, moment, held.start, held.stop, offset + offsets[held.name])
+                for held in stage.updated_slices(shard)
+                if held.name in owned
+            ]
             offset += size
     return entries, offset
 
@@ -73,12 +75,11 @@ def wanted_by(stages: Mapping[int, StageTensors], shard: int) -> list[Entry]:
     """Return what fills the state of a rank: all weights of its stages, and the moments of its shard."""
     wanted = []
     for stage in stages.values():
-        for tensor in stage.layout.stored:
-            wanted.append(Entry(tensor.tied_to or tensor.name, WEIGHT, 0, tensor.size, 0))
         originals = {tensor.name: tensor.tied_to or tensor.name for tensor in stage.layout.stored}
+        wanted += [Entry(originals[tensor.name], WEIGHT, 0, tensor.size, 0) for tensor in stage.layout.stored]
         for moment in MOMENTS:
-            for held in stage.updated_slices(shard):
-                wanted.append(Entry(originals[held.name], moment, held.start, held.stop, 0))
+            held_slices = stage.updated_slices(shard)
+            wanted += [Entry(originals[held.name], moment, held.start, held.stop, 0) for held in held_slices]
     return wanted
 
 

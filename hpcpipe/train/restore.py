@@ -29,6 +29,7 @@ def find_checkpoint(
     resume: str,
     refused: Refused,
     damaged: Mapping[Path, str] | None = None,
+    at_most: int = -1,
 ) -> Checkpoint | None:
     """Find the checkpoint to go on from.
 
@@ -52,6 +53,8 @@ def find_checkpoint(
         Told of every checkpoint that was passed over, and why.
     damaged : mapping of Path to str
         Checkpoints that turned out to be damaged when they were read, and how.
+    at_most : int
+        Latest step to go on from; -1 for any.
 
     Returns
     -------
@@ -69,7 +72,7 @@ def find_checkpoint(
     damaged = damaged or {}
     problems = list(damaged.values())
     for path in _choose(grid, waiter, root, resume):
-        if path in damaged:
+        if path in damaged or 0 <= at_most < (step_of(path.name) or 0):
             continue
         manifest = None
         try:

@@ -12,14 +12,16 @@ from hpcpipe.train.session import Session
 from hpcpipe.train.state import State
 
 
-def find_start(session: Session, resume: str, damaged: Mapping[Path, str] | None = None) -> Checkpoint | None:
+def find_start(
+    session: Session, resume: str, at_most: int = -1, damaged: Mapping[Path, str] | None = None
+) -> Checkpoint | None:
     """Find a checkpoint as `find_checkpoint` does, and say which were passed over."""
 
     def refused(path: Path, problem: str) -> None:
         _say_refused(session, path, problem)
 
     root = session.directory.checkpoints
-    return find_checkpoint(session.config, session.grid, session.waiter, root, resume, refused, damaged)
+    return find_checkpoint(session.config, session.grid, session.waiter, root, resume, refused, damaged, at_most)
 
 
 def drop_later_metrics(session: Session, step: int) -> None:
@@ -29,7 +31,9 @@ def drop_later_metrics(session: Session, step: int) -> None:
             session.metrics.keep_until(step)
 
 
-def resume_state(session: Session, state: State, found: Checkpoint | None, tokens: TokenFile, resume: str) -> None:
+def resume_state(
+    session: Session, state: State, found: Checkpoint | None, tokens: TokenFile, resume: str, at_most: int = -1
+) -> None:
     """Fill the state as `restore` does, say from what, and drop the metrics of steps that will be run again.
 
     Where the checkpoint turns out to be damaged, the next older one is taken.
@@ -48,7 +52,7 @@ def resume_state(session: Session, state: State, found: Checkpoint | None, token
             assert found is not None
             damaged[found[0]] = str(error)
             _say_refused(session, found[0], str(error))
-            found = find_start(session, resume, damaged)
+            found = find_start(session, resume, at_most, damaged)
     drop_later_metrics(session, state.step)
     if found is None:
         return

@@ -1,0 +1,199 @@
+"""An epoch: what runs between two recoveries. Whatever knows a communicator is built here, and given up at its end."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from hpcpipe.cluster.processor import memory
+from hpcpipe.cluster.slurm import AllocationEnd
+from hpcpipe.config.interval import parse_interval
+from hpcpipe.errors import ExitCode
+from hpcpipe.memory.block import huge_pages
+from hpcpipe.mpi.agree import together
+from hpcpipe.mpi.channel import Channel
+from hpcpipe.mpi.collectives import broadcast_bytes
+from hpcpipe.recovery.copies import Copies, kept_by, neighbour_of
+from hpcpipe.telemetry.status import read_status
+from hpcpipe.train.batches import TrainingBatches
+from hpcpipe.train.cadence import Cadence, estimate_mtbf_s
+from hpcpipe.train.checkpoints import Checkpoints
+from hpcpipe.train.evaluate import Evaluator
+from hpcpipe.train.finish import show_compression, show_sample
+from hpcpipe.train.footprint import describe_allocated
+from hpcpipe.train.halt import HaltFile
+from hpcpipe.train.introduce import introduce
+from hpcpipe.train.loop import Loop
+from hpcpipe.train.member import Member
+from hpcpipe.train.outline import Outline
+from hpcpipe.train.parts import entries_of_grid, parts_of
+from hpcpipe.train.peak import measure_peak_flops
+from hpcpipe.train.plan import Plan, compare_with_prediction, make_plan, write_plan
+from hpcpipe.train.resume import drop_later_metrics, find_start, identity_of, resume_state
+from hpcpipe.train.session import Session
+from hpcpipe.train.setup import SETUP_TIMEOUT_S, leave_if_asked, require_own_memory
+from hpcpipe.train.state import State, build_state
+from hpcpipe.train.step import Trainer
+
+
+def run_epoch(member: Member) -> ExitCode:
+    """Train to the end of the run; every rank of the grid calls it.
+
+    Raises
+    ------
+    HpcpipeError
+        The run ends, on all ranks or, to be told to the others, on one.
+    CommunicationError, Interruption
+        The run can go on in another epoch.
+    """
+    session, plan = member.session(), None
+    waiter = session.waiter
+    waiter.background, waiter.timeout_s = [], SETUP_TIMEOUT_S
+    _watch_for_stop(session, member)
+    if member.state is None:
+        found = find_start(session, member.resume, member.at_most)
+        done = 0 if found is None else found[1].step
+        if done >= session.config.train.steps:
+            drop_later_metrics(session, done)
+            session.console.say(f"nothing to do: step {done} is done and train.steps = {session.config.train.steps}")
+            session.status(done, ExitCode.DONE)
+            return ExitCode.DONE
+        session.status(done, None)
+        if member.outline is None:
+            plan = _plan(member, session, done)
+        state = _build(member, session)
+        if plan is not None:
+            introduce(session, state, member.tokens, plan, require_own_memory(session, session.config))
+        resume_state(session, state, found, member.tokens, member.resume, member.at_most)
+        member.state = state
+        session.begin(state.step)
+        if plan is not None:
+            write_plan(session, plan)
+    else:
+        state = member.state
+        session.start_step = member.outline.start_step if member.outline else None
+        drop_later_metrics(session, state.step)
+        session.status(state.step, None)
+    return _train(member, session, state, plan)
+
+
+def _train(member: Member, session: Session, state: State, plan: Plan | None) -> ExitCode:
+    """Build what trains a state, and train it to the end."""
+    config, grid, waiter = session.config, session.grid, session.waiter
+    per_replica = config.parallel.microbatches // grid.data
+    local = range(grid.replica * per_replica, (grid.replica + 1) * per_replica)
+    batches = TrainingBatches(
+        member.samples, config.parallel.microbatches, local, config.parallel.microbatch_size, config.model.context
+    )
+    trainer = Trainer(state, session.schedule, grid, waiter, batches, session.mode)
+    evaluator = None
+    if member.held_out.num_samples:
+        evaluator = Evaluator(state, grid, waiter, member.held_out, session.mode, trainer.memory)
+    checkpoints = _make_checkpoints(session, state, member)
+    copy = _keep_copies(member, session, state, trainer)
+    if plan is not None:
+        needed = require_own_memory(session, config)
+        session.console.say(f"memory: {describe_allocated(grid, waiter, needed)}; {huge_pages()}")
+    assert member.outline is not None
+    loop = Loop(session, state, trainer, evaluator, member.stop, checkpoints, member.outline.peak_flops, copy)
+    leave_if_asked(session, member.stop, state.step)
+    waiter.timeout_s = config.parallel.timeout_s
+    _tell_story(member, session, state)
+    evaluation = loop.run()
+    trainer.before_update()
+    waiter.timeout_s = SETUP_TIMEOUT_S
+    if plan is not None:
+        compare_with_prediction(session, plan, loop.steps_s, trainer.stages)
+    if evaluation is not None:
+        show_compression(session, member.held_out, evaluation)
+    show_sample(session, state, member.tokens.tokenizer, member.stop)
+    session.events.add("done", step=state.step)
+    session.status(state.step, ExitCode.DONE)
+    return ExitCode.DONE
+
+
+def _tell_story(member: Member, session: Session, state: State) -> None:
+    """Say what has happened since the last epoch."""
+    if member.story is None:
+        return
+    story, member.story = member.story, None
+    seconds = time.monotonic() - story.pop("seen_s")
+    degrees = session.grid.pipeline, session.grid.data
+    facts = {"step": state.step, "pipeline": degrees[0], "data": degrees[1], "spares": len(member.spares())}
+    session.events.add("recovered", **story, **facts, epoch=member.epoch, seconds=seconds)
+    session.console.say(
+        f"recovered in {seconds:.2f} s: {story['cause']}; going on from step {state.step} on"
+        f" {degrees[0]} x {degrees[1]} ranks, {len(member.spares())} spares are left"
+    )
+
+
+def _watch_for_stop(session: Session, member: Member) -> None:
+    """Let the rank that speaks look for requests to stop that are no signals."""
+
+    def warn(problem: str) -> None:
+        session.console.say(f"warning: {problem}")
+        session.events.add("halt file refused", problem=problem)
+
+    if session.is_root:
+        member.stop.watch(HaltFile(session.directory.halt, warn), AllocationEnd())
+        # A run that is done stays so until there are more steps to do.
+        if member.epoch == 0 and read_status(session.directory.path).get("state") != "done":
+            session.status(0, None)
+
+
+def _plan(member: Member, session: Session, done: int) -> Plan:
+    """Decide what is left open, and let all processes know."""
+    asked = session.config
+    with together(session.grid.comm, session.waiter):
+        # Layers are timed only where they fit; where the model is cut matters little here, and is not known yet.
+        require_own_memory(session, replace(asked, parallel=replace(asked.parallel, partition="auto")))
+    plan = make_plan(session)
+    leave_if_asked(session, member.stop, done)
+    with together(session.grid.comm, session.waiter):
+        require_own_memory(session, session.config)
+    precision = session.config.train.precision
+    peak_flops = measure_peak_flops(session.grid, session.waiter, precision, session.team, session.share_of_core)
+    limit_bytes = memory().available_bytes / session.num_local_ranks
+    outline = Outline(asked, session.config, session.schedule, plan.measured, plan.cores, limit_bytes, peak_flops, done)
+    # To the last bit the same on all, since all decide by it.
+    content = broadcast_bytes(session.grid.comm, session.waiter, outline.to_bytes() if session.is_root else None, 0)
+    member.outline = Outline.from_bytes(content)
+    if session.is_root:
+        member.crew.tell(member.spares(), content)
+    return plan
+
+
+def _build(member: Member, session: Session) -> State:
+    """Allocate what this rank trains."""
+    grid = session.grid
+    return build_state(session.config, session.schedule.stage_to_rank, grid.stage_rank, grid.replica, session.team)
+
+
+def _keep_copies(member: Member, session: Session, state: State, trainer: Trainer) -> Callable[[int], None]:
+    """Keep copies of the state, if that is asked for; return what begins one after a step."""
+    grid, every = session.grid, session.config.recovery.copy_every
+    if not every or grid.comm.size == 1:
+        return lambda step: None
+    role, degrees = grid.comm.rank, (grid.pipeline, grid.data)
+    kept = kept_by(role, *degrees)
+    copies = member.copies
+    if copies is None:
+        _, sizes = entries_of_grid(session.config, session.schedule)
+        copies = member.copies = Copies(parts_of(state), sizes[kept], kept, every)
+    copies.connect(Channel(grid.comm, session.waiter, session.mode), neighbour_of(role, *degrees), kept)
+    copies.forget_after(state.step)
+    copies.take(state.step)
+    session.waiter.background.append(copies.advance)
+    trainer.before_update = copies.finish
+    return copies.begin
+
+
+def _make_checkpoints(session: Session, state: State, member: Member) -> Checkpoints:
+    """Make what takes checkpoints, as often as the configuration says."""
+    interval = parse_interval("checkpoint.every", session.config.checkpoint.every)
+    num_nodes = -(-session.grid.comm.size // session.num_local_ranks)
+    mtbf_s = estimate_mtbf_s(num_nodes, session.events.read())
+    cadence = Cadence(interval, mtbf_s, time.monotonic())
+    if member.epoch == 0:
+        session.console.say(f"checkpoints: {cadence.describe()}")
+    lock = {"path": str(session.directory.lock), "fence": session.lock.fence if session.lock else ""}
+    return Checkpoints(session, state, member.writer, identity_of(member.tokens), lock, cadence)

@@ -1,0 +1,148 @@
+"""What a process keeps of a run while ranks come and go around it."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hpcpipe.config.schema import Config
+from hpcpipe.data.reader import TokenFile
+from hpcpipe.data.windows import HeldOut, Samples
+from hpcpipe.mpi.crew import Crew
+from hpcpipe.mpi.grid import Grid
+from hpcpipe.recovery.copies import Copies
+from hpcpipe.recovery.standing import NOTHING
+from hpcpipe.telemetry.console import Console
+from hpcpipe.telemetry.events import EventLog
+from hpcpipe.train.checkpoints import WriterMemory
+from hpcpipe.train.directory import open_directory
+from hpcpipe.train.lock import RunLock
+from hpcpipe.train.outline import Outline
+from hpcpipe.train.session import Session
+from hpcpipe.train.state import State
+from hpcpipe.train.stop import StopRequest
+
+
+@dataclass
+class Member:
+    """A process of a run: a rank, or a spare.
+
+    Attributes
+    ----------
+    crew : Crew
+        All live processes.
+    base : Session
+        What they share before there is a grid.
+    stop : StopRequest
+        Of this process.
+    writer : WriterMemory
+        Its writer process.
+    resume : str
+        What to go on from, as the command line says.
+    tokens, samples, held_out
+        What is trained on, and evaluated.
+    processes : tuple of int
+        The number in the launch of each live process, in their order.
+    roles : tuple of int
+        The rank of each in the grid, -1 for a spare.
+    grid : Grid or None
+        Of this epoch; None for a spare.
+    outline : Outline or None
+        The plan, once there is one.
+    state : State or None
+        What this rank trains, once it is filled.
+    copies : Copies or None
+        What it keeps of its own and its neighbour's state.
+    epoch : int
+        Number of recoveries so far.
+    at_most : int
+        Latest step that the next start from the disk may go on from, -1 for any.
+    console : Console or None
+        The voice of the run, if this process has ever spoken for it.
+    lock : RunLock or None
+        The run directory's, likewise.
+    attempts, reloads : int
+        Recoveries since a step was last finished; recoveries from the disk.
+    story : dict or None
+        What the last recovery was about, until it is told.
+    """
+
+    crew: Crew
+    base: Session
+    stop: StopRequest
+    writer: WriterMemory
+    resume: str
+    tokens: TokenFile
+    samples: Samples
+    held_out: HeldOut
+    processes: tuple[int, ...]
+    roles: tuple[int, ...]
+    grid: Grid | None = None
+    outline: Outline | None = None
+    state: State | None = None
+    copies: Copies | None = None
+    epoch: int = 0
+    at_most: int = NOTHING
+    console: Console | None = None
+    lock: RunLock | None = None
+    attempts: int = 0
+    reloads: int = 0
+    story: dict[str, Any] | None = None
+    _last_step: int = NOTHING
+
+    @property
+    def role(self) -> int:
+        """The rank of this process in the grid, -1 for a spare."""
+        return self.roles[self.crew.rank]
+
+    @property
+    def config(self) -> Config:
+        """The configuration, as far as it is decided."""
+        return self.outline.config if self.outline else self.base.config
+
+    @property
+    def root(self) -> int:
+        """The live process that speaks for the run."""
+        return self.roles.index(0)
+
+    def spares(self) -> list[int]:
+        """Return the live processes without a role."""
+        return [rank for rank, role in enumerate(self.roles) if role == NOTHING]
+
+    def session(self) -> Session:
+        """Return the session of this epoch; the rank that speaks for the run takes its lock and its voice.
+
+        Raises
+        ------
+        InUseError, DiskError
+            On the rank that speaks, if the run directory cannot be had.
+        """
+        assert self.grid is not None
+        base = self.base
+        if self.role == 0:
+            self.console = self.console or Console(base.config.telemetry.console)
+            if self.lock is None:
+                self.lock = RunLock(base.directory.lock, say=self.console.say)
+                open_directory(base.directory, self.lock, self.console.say)
+        is_root = self.role == 0 and self.lock is not None
+        return replace(
+            base,
+            config=self.config,
+            schedule=self.outline.schedule if self.outline else base.schedule,
+            grid=self.grid,
+            console=self.console if is_root and self.console else Console("quiet"),
+            events=EventLog(base.directory.events, self.lock.check) if is_root and self.lock else EventLog(None),
+            lock=self.lock if is_root else None,
+        )
+
+    def level(self) -> int:
+        """Return which level of recovery is next, see `hpcpipe.recovery.decide.decide`."""
+        most = self.config.recovery.max_attempts
+        if self.attempts <= most:
+            return 0
+        return 1 if self.reloads <= most and self.attempts <= 2 * most else 2
+
+    def note_target(self, step: int) -> None:
+        """Take note of the step that the run goes back to, -1 if that is for the disk to say."""
+        if step > self._last_step:
+            self.attempts = 0
+        self.reloads += step == NOTHING
+        self._last_step = step
