@@ -19,6 +19,8 @@ from hpcpipe.watch.layout import (
     COMMAND_AT,
     IDENTITY,
     IDENTITY_AT,
+    NOTES_AT,
+    OVER,
     RECORD,
     RECORD_BYTES,
     RING_RECORDS,
@@ -103,8 +105,8 @@ class NoBeacon:
     def waited(self, kind: str, name: object, peer: int, tag: int, start_s: float) -> None:
         """Say that a wait is over that began at a time of `time.perf_counter`."""
 
-    def close(self) -> None:
-        """Say that this rank's part is over."""
+    def close(self, *, has_failed: bool = False) -> None:
+        """Say that this rank's part is over, well or with an error."""
 
 
 class Beacon(NoBeacon):
@@ -132,6 +134,7 @@ class Beacon(NoBeacon):
         self._slot[:] = bytes(len(self._slot))
         self._alive = self._slot[ALIVE_AT : ALIVE_AT + 8].cast("q")
         self._command = self._slot[COMMAND_AT : COMMAND_AT + 8].cast("q")
+        self._notes = memory.view[NOTES_AT : NOTES_AT + 8].cast("q")
         self._heard = 0
         self._events = self._records = 0
         self._phase, self._kind, self._stage, self._microbatch = Phase.SETUP, 0, -1, -1
@@ -229,7 +232,7 @@ class Beacon(NoBeacon):
             write_text(self._slot, WAIT_TEXT_AT, WAIT_TEXT_BYTES, what())
         if self._command[0] != self._heard:
             self._obey()
-        if now > self._next_look:
+        if now > self._next_look or self._notes[0] != self._num_notes:
             self._look(now)
 
     def waited(self, kind: str, name: object, peer: int, tag: int, start_s: float) -> None:
@@ -245,9 +248,9 @@ class Beacon(NoBeacon):
         elif self._kind:
             self._busy_ns -= now - start
 
-    def close(self) -> None:
-        """Say that this rank's part is over."""
-        self.phase(Phase.ENDED)
+    def close(self, *, has_failed: bool = False) -> None:
+        """Say that this rank's part is over, well or with an error."""
+        self.phase(Phase.FAILED if has_failed else Phase.ENDED)
         if not self._is_supervised(_monotonic_ns()) and all(
             self._is_over(number) for number in range(self._memory.num_slots) if number != self._slot_number
         ):
@@ -318,7 +321,7 @@ class Beacon(NoBeacon):
                 with contextlib.suppress(OSError, ValueError):
                     sys.stderr.write("".join(f"hpcpipe: {note}\n" for note in notes))
                     sys.stderr.flush()
-        if self._revive is not None and self._phase is not Phase.ENDED and not self._is_supervised(now):
+        if self._revive is not None and self._phase not in OVER and not self._is_supervised(now):
             self._revive()
 
     def _is_supervised(self, now: int) -> bool:
@@ -329,7 +332,7 @@ class Beacon(NoBeacon):
         """Return whether a local rank has ended or was never there."""
         slot = self._memory.slot(number)
         process, pid, started = IDENTITY.unpack_from(slot, IDENTITY_AT)[:3]
-        if not process or slot[STATE_AT + 8] == Phase.ENDED:
+        if not process or slot[STATE_AT + 8] in OVER:
             return True
         found = process_start(pid)
         return not found or int(found) != started

@@ -21,7 +21,7 @@ HEADER = struct.Struct("<8sIIIIqq")
 """Magic, version, bytes per slot, records per ring, processes of the run, and one moment on both clocks (ns)."""
 
 SUPERVISOR_AT = 64
-"""Where the node's page has the supervisor: its pid, and its last sign of life (monotonic ns)."""
+"""Where the node's page has the supervisor: its pid, its last sign of life (monotonic ns), and the processes gone."""
 
 FACTS_AT = 128
 FACTS_BYTES = PAGE - FACTS_AT
@@ -86,7 +86,7 @@ WAITED = 0x80
 
 
 class Phase(IntEnum):
-    """What a rank is busy with, at large."""
+    """What a rank is busy with, at large; the last two once its part is over, well or with an error."""
 
     SETUP = 0
     TRAIN = 1
@@ -96,6 +96,10 @@ class Phase(IntEnum):
     SPARE = 5
     FINISH = 6
     ENDED = 7
+    FAILED = 8
+
+
+OVER = (Phase.ENDED, Phase.FAILED)
 
 
 class Command(IntEnum):

@@ -32,6 +32,8 @@ from hpcpipe.watch.layout import (
 SHARED_MEMORY = Path("/dev/shm")
 """Memory that processes share by name; a folder on disk does too."""
 
+_NAP_S = 0.01
+
 
 def memory_name(environ: Mapping[str, str] = os.environ) -> str:
     """Return the name of the memory file: of this launch, on this node.
@@ -49,12 +51,25 @@ def memory_name(environ: Mapping[str, str] = os.environ) -> str:
     return f"hpcpipe-{environ.get(LAUNCH_ID) or f'p{parent}'}-{node}"
 
 
-def remove_leftovers(launch_id: str, folder: Path = SHARED_MEMORY) -> None:
-    """Remove the memory files of a launch that has ended, for the case that its supervisors were killed too."""
-    if launch_id:
-        for path in folder.glob(f"hpcpipe-{launch_id}-*"):
-            with contextlib.suppress(OSError):
-                path.unlink()
+def remove_leftovers(launch_id: str, patience_s: float = 1.0, folder: Path = SHARED_MEMORY) -> None:
+    """See that nothing is left of a launch all of whose ranks have ended.
+
+    Parameters
+    ----------
+    launch_id : str
+        The launch; nothing is done if it is empty.
+    patience_s : float
+        How long its supervisor may take to write down what it has seen, and to remove the file itself.
+    folder : Path
+        Where memory files are.
+    """
+    deadline = time.monotonic() + patience_s
+    while launch_id and (found := list(folder.glob(f"hpcpipe-{launch_id}-*"))):
+        if time.monotonic() > deadline:
+            for path in found:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        time.sleep(_NAP_S)
 
 
 class MemoryFile:
@@ -146,6 +161,15 @@ class MemoryFile:
     def sign(self, pid: int, alive_ns: int) -> None:
         """Give a sign of life of the supervisor."""
         struct.pack_into("<qq", self.view, SUPERVISOR_AT, pid, alive_ns)
+
+    @property
+    def num_gone(self) -> int:
+        """How many processes of the node have gone."""
+        return int(struct.unpack_from("<q", self.view, SUPERVISOR_AT + 16)[0])
+
+    @num_gone.setter
+    def num_gone(self, count: int) -> None:
+        struct.pack_into("<q", self.view, SUPERVISOR_AT + 16, count)
 
     @property
     def facts(self) -> str:

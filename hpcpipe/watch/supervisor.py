@@ -1,0 +1,330 @@
+"""The supervisor of a node: a process outside MPI that finds hangs, says whose they are, and ends them.
+
+``python -m hpcpipe.watch.supervisor MEMORY_FILE`` runs until all ranks of the node have ended, and then removes the
+file. How it decides is in docs/hangs.md.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import struct
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from hpcpipe.watch.layout import (
+    ALIVE_AT,
+    COMMAND_AT,
+    IDENTITY_AT,
+    OVER,
+    SLOT_HEADER_BYTES,
+    TEXT_AT,
+    TEXT_BYTES,
+    WAIT_TEXT_AT,
+    WAIT_TEXT_BYTES,
+    Command,
+    Identity,
+    Phase,
+    Record,
+    State,
+    read_identity,
+    read_ring,
+    read_state,
+    read_text,
+    write_text,
+)
+from hpcpipe.watch.memory import MemoryFile
+from hpcpipe.watch.notebook import Evidence, Notebook
+from hpcpipe.watch.process import Process
+from hpcpipe.watch.stacks import collect_stacks
+from hpcpipe.watch.verdict import Rank, find_culprits, is_deadlock, is_straggling
+
+TICK_S = 0.25
+_LONGEST_TICK_S = 2 * TICK_S
+_SETTLE_S = 0.2
+_PRINT_S = 0.05
+
+
+@dataclass
+class Seat:
+    """A slot, the process that has it, and how long that has been still.
+
+    Attributes
+    ----------
+    slot : memoryview
+        Its bytes.
+    identity : Identity
+        Who has it.
+    process : Process or None
+        The process; None if it is gone.
+    state : State or None
+        What was read last.
+    alive_ns : int
+        The last sign of life that was seen.
+    quiet_s, silent_s : float
+        Since the last event, and since the last event or sign of life; counted in turns of the supervisor, each of them
+        for half a second at most, so that nobody is blamed for what holds up the whole machine.
+    straggled_s : float
+        How long the rank has been stiller than usual; 0: it is not.
+    mode : str
+        State of the process when it was so.
+    is_guilty : bool
+        Whether it was killed by the supervisor.
+    """
+
+    slot: memoryview
+    identity: Identity
+    process: Process | None
+    state: State | None = None
+    alive_ns: int = 0
+    quiet_s: float = 0.0
+    silent_s: float = 0.0
+    straggled_s: float = 0.0
+    mode: str = "S"
+    is_guilty: bool = False
+
+    def is_alive(self) -> bool:
+        """Return whether the process is there."""
+        return self.process is not None and self.process.is_alive()
+
+    def look(self, turn_s: float) -> None:
+        """Read what the rank shows, and count how long it has been still."""
+        state = read_state(self.slot)
+        (alive_ns,) = struct.unpack_from("<q", self.slot, ALIVE_AT)
+        has_moved = state is not None and (self.state is None or state.events != self.state.events)
+        self.quiet_s = 0.0 if has_moved else self.quiet_s + turn_s
+        self.silent_s = 0.0 if has_moved or alive_ns != self.alive_ns else self.silent_s + turn_s
+        self.state, self.alive_ns = state or self.state, alive_ns
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the rank has said that its part is over."""
+        return self.state is not None and self.state.phase in OVER
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the rank has said that the run ends with an error."""
+        return self.state is not None and self.state.phase is Phase.FAILED
+
+    def kill(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            with contextlib.suppress(OSError):
+                self.process.send(signal.SIGKILL)
+
+    def rank(self) -> Rank | None:
+        """Return it for a verdict."""
+        if self.state is None:
+            return None
+        text = read_text(self.slot, WAIT_TEXT_AT, WAIT_TEXT_BYTES)
+        number = self.identity.process
+        return Rank(number, self.state, self.quiet_s, self.silent_s, self.process.mode() if self.process else "", text)
+
+    def records(self) -> list[Record]:
+        """Return what is in the flight recorder."""
+        return read_ring(bytes(self.slot[SLOT_HEADER_BYTES:]))
+
+    def tell(self, command: Command, text: str) -> None:
+        """Ask something of the rank."""
+        write_text(self.slot, TEXT_AT, TEXT_BYTES, text)
+        (before,) = struct.unpack_from("<q", self.slot, COMMAND_AT)
+        struct.pack_into("<q", self.slot, COMMAND_AT, ((before >> 8) + 1) << 8 | command)
+
+
+@dataclass
+class Supervisor:
+    """Looks after the ranks of one memory file.
+
+    Attributes
+    ----------
+    memory : MemoryFile
+        The file.
+    notebook : Notebook
+        Where findings go.
+    """
+
+    memory: MemoryFile
+    notebook: Notebook
+    _seats: dict[int, Seat] = field(default_factory=dict)
+    _lost: dict[int, tuple[Rank | None, bytes]] = field(default_factory=dict)
+    _lost_at: float = 0.0
+    _has_failed: bool = False
+
+    def run(self) -> None:
+        """Look after the ranks until all have ended."""
+        last = time.monotonic()
+        while True:
+            self.memory.sign(os.getpid(), time.monotonic_ns())
+            self._seat_ranks()
+            now = time.monotonic()
+            turn_s, last = min(now - last, _LONGEST_TICK_S), now
+            # In this order what they did last is seen.
+            gone = [number for number, seat in self._seats.items() if not seat.is_alive()]
+            for seat in self._seats.values():
+                seat.look(turn_s)
+            self._see_failure()
+            for number in gone:
+                self._part_with(self._seats.pop(number))
+            running = [seat for seat in self._seats.values() if not seat.has_ended]
+            if self._lost and (not running or now - self._lost_at > _SETTLE_S):
+                self._report_lost()
+            if not running:
+                return
+            self._judge()
+            self._wait()
+
+    def _seat_ranks(self) -> None:
+        """Notice ranks that have come."""
+        if self.memory.has_grown():
+            self.memory = MemoryFile(self.memory.path, 0)
+        for number in range(self.memory.num_slots):
+            if number in self._seats:
+                continue
+            slot = self.memory.slot(number)
+            identity = read_identity(slot)
+            if identity.process < 0:
+                continue
+            try:
+                self._seats[number] = Seat(slot, identity, Process(identity.pid, identity.started))
+            except ProcessLookupError:
+                seat = Seat(slot, identity, None)
+                seat.look(0.0)
+                self._part_with(seat)
+
+    def _part_with(self, seat: Seat) -> None:
+        """Note the death of a process, which is a loss if it was not at its end."""
+        if seat.process is not None:
+            seat.process.close()
+        if not seat.has_ended and not seat.is_guilty:
+            self._lost[seat.identity.process] = seat.rank(), self.notebook.pack(seat.slot, seat.identity)
+            self._lost_at = time.monotonic()
+        # Frees the slot, so that nobody looks for the process again.
+        struct.pack_into("<q", seat.slot, IDENTITY_AT, 0)
+        self.memory.num_gone += 1
+
+    def _wait(self) -> None:
+        """Sleep for a turn, or until a process ends."""
+        poller = select.poll()
+        for seat in self._seats.values():
+            if seat.process is not None and seat.process.handle >= 0:
+                poller.register(seat.process.handle, select.POLLIN)
+        poller.poll(TICK_S * 1000 * (0.2 if self._lost else 1.0))
+
+    def _ranks(self) -> list[Rank]:
+        return [rank for seat in self._seats.values() if (rank := seat.rank()) is not None and not seat.has_ended]
+
+    def _judge(self) -> None:
+        """See whether somebody hangs, straggles, or all wait for each other."""
+        if all(seat.silent_s < 1.0 and seat.quiet_s < 1.0 and not seat.straggled_s for seat in self._seats.values()):
+            return
+        self._find_stragglers()
+        ranks = self._ranks()
+        culprits = find_culprits(ranks)
+        if culprits:
+            self._end_hang(culprits, ranks)
+        elif len(ranks) + self.memory.num_gone >= self.memory.num_processes and is_deadlock(ranks):
+            self._end_deadlock(ranks)
+
+    def _find_stragglers(self) -> None:
+        """Record ranks that were still for long and have come back."""
+        for seat in self._seats.values():
+            rank = seat.rank()
+            if rank is None:
+                continue
+            if is_straggling(rank):
+                seat.straggled_s, seat.mode = max(rank.quiet_s, rank.silent_s), rank.mode
+            elif seat.straggled_s:
+                self.notebook.straggled(rank, seat.straggled_s, seat.mode)
+                seat.straggled_s = 0.0
+
+    def _end_hang(self, culprits: list[Rank], ranks: list[Rank]) -> None:
+        """Kill those who hang, after everybody's stacks and recorders are safe."""
+        evidence = self._take_evidence()
+        guilty = [seat for seat in self._seats.values() if seat.identity.process in _numbers(culprits)]
+        for seat in guilty:
+            seat.look(0.0)
+        if not all(seat.quiet_s for seat in guilty):
+            # It has come back to life meanwhile.
+            return
+        name = self.notebook.new_name()
+        text = self.notebook.describe_hang(culprits, name)
+        # Without fault tolerance the launcher ends all ranks at once, and one of them is to print it before.
+        time.sleep(_PRINT_S)
+        for seat in guilty:
+            seat.is_guilty = True
+            seat.kill()
+        for seat in self._seats.values():
+            seat.quiet_s = seat.silent_s = seat.straggled_s = 0.0
+        self.notebook.killed(culprits, evidence, name, text)
+
+    def _end_deadlock(self, ranks: list[Rank]) -> None:
+        """Have all ranks recover; the third time that they get into the same deadlock, end the run."""
+        evidence = self._take_evidence()
+        deadlock = self.notebook.decide_deadlock(ranks, evidence.rings)
+        for seat in self._seats.values():
+            seat.quiet_s = 0.0
+            if deadlock.command is None:
+                seat.kill()
+            else:
+                seat.tell(deadlock.command, deadlock.text)
+        self.notebook.deadlocked(ranks, deadlock, evidence)
+
+    def _see_failure(self) -> None:
+        """Keep the flight recorders once if a rank says that the run has failed."""
+        if not self._has_failed and any(seat.has_failed for seat in self._seats.values()):
+            self._has_failed = True
+            ranks = [rank for seat in self._seats.values() if (rank := seat.rank()) is not None]
+            self.notebook.failed(ranks, self._flights())
+
+    def _flights(self) -> dict[int, bytes]:
+        return {seat.identity.process: self.notebook.pack(seat.slot, seat.identity) for seat in self._seats.values()}
+
+    def _take_evidence(self) -> Evidence:
+        """Collect what ranks do and did, and where they are."""
+        seats = [seat for seat in self._seats.values() if not seat.has_ended]
+        rings = {seat.identity.process: seat.records() for seat in seats}
+        flights = self._flights()
+        processes = {seat.identity.process: (seat.process, seat.identity.stacks) for seat in seats if seat.process}
+        return Evidence(rings, flights, collect_stacks(processes))
+
+    def _report_lost(self) -> None:
+        """Keep the flight recorders of ranks that died, and what the others did."""
+        lost, self._lost = self._lost, {}
+        flights = {process: content for process, (_, content) in lost.items()} | self._flights()
+        self.notebook.lost([rank for rank, _ in lost.values() if rank is not None], flights)
+
+
+def _numbers(ranks: list[Rank]) -> set[int]:
+    return {rank.process for rank in ranks}
+
+
+def main(path: str) -> None:
+    """Supervise the ranks of a memory file, unless another process does.
+
+    Parameters
+    ----------
+    path : str
+        The memory file.
+    """
+    # What is meant for the ranks, or for the terminal that they were started from, must not end their supervisor.
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTSTP):
+        signal.signal(signum, signal.SIG_IGN)
+    with contextlib.suppress(OSError):
+        os.nice(10)
+    try:
+        memory = MemoryFile(Path(path), 0)
+    except OSError:
+        return
+    if not memory.claim():
+        return
+    supervisor = Supervisor(memory, Notebook(memory))
+    try:
+        supervisor.run()
+    finally:
+        memory.unlink()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
