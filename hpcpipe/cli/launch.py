@@ -17,7 +17,7 @@ from hpcpipe.cli.preflight import check_start
 from hpcpipe.errors import BY_CODE, DiskError, ExitCode, HpcpipeError, RankError, StoppedError, UsageError
 
 if TYPE_CHECKING:
-    from hpcpipe.cluster.supervise import Outcome
+    from hpcpipe.cluster.supervise import Outcome, Progress
 
 MPI_VERBS = ("train", "bench")
 
@@ -165,28 +165,31 @@ def launch(
         A stop came before the run had begun, or the ranks were killed at once.
     """
     from hpcpipe.cluster import fault_tolerance, launcher
-    from hpcpipe.cluster.supervise import Progress, new_launch_id, supervise
+    from hpcpipe.cluster.shared_folder import shared_folder
+    from hpcpipe.cluster.supervise import new_launch_id, supervise
 
     mpirun = launcher.find_mpirun()
     launch_id = new_launch_id()
     environ = launcher.rank_environment(launch_id, _terminal(), num_spares=num_spares)
     num_started = num_ranks + num_spares
-    why_not = fault_tolerance.why_not(mpirun, num_started, recovery, mpirun_args, environ)
-    _announce(why_not, recovery, num_spares, environ)
     machine = launcher.this_machine()
+    num_here = num_started if launcher.is_one_node(machine, mpirun_args) else None
+    wanted = "on" if num_spares else recovery
+    why_not = fault_tolerance.why_not(mpirun, num_started, num_here is not None, wanted, mpirun_args, environ)
+    _announce(why_not, recovery, num_spares, environ)
     command = launcher.mpirun_command(
         mpirun, num_started, program, machine, mpirun_args, environ, survives_failures=not why_not
     )
-    num_here = num_started if launcher.is_one_node(machine, mpirun_args) else None
 
-    def progress() -> Progress:
-        status = read_status(directory, launch_id)
-        if status is None:
-            return Progress.NOT_STARTED
-        return Progress.RUNNING if status.exit_code is None else Progress.FINAL
-
-    with launcher.session_folder(environ), _locked(directory, environ):
-        outcome = supervise(command, environ, progress, survives_failures=not why_not, num_ranks=num_here)
+    shared = shared_folder(environ, num_started, is_one_node=num_here is not None)
+    with launcher.session_folder(environ), shared, _locked(directory, environ):
+        outcome = supervise(
+            command,
+            environ,
+            lambda: _progress(directory, launch_id),
+            survives_failures=not why_not,
+            num_ranks=num_here,
+        )
     if directory is None and outcome.code == 0 and not outcome.failures:
         return int(ExitCode.DONE)
     try:
@@ -283,6 +286,16 @@ def read_status(directory: Path | None, launch_id: str) -> Status | None:
     exit_code = status.get("exit_code")
     cause = str(status.get("cause") or "")
     return Status(str(status.get("state", "failed")), exit_code if isinstance(exit_code, int) else None, cause)
+
+
+def _progress(directory: Path | None, launch_id: str) -> "Progress":
+    """Return how far the run is, by its own account."""
+    from hpcpipe.cluster.supervise import Progress
+
+    status = read_status(directory, launch_id)
+    if status is None:
+        return Progress.NOT_STARTED
+    return Progress.RUNNING if status.exit_code is None else Progress.FINAL
 
 
 def python_command() -> list[str]:

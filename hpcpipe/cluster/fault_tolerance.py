@@ -13,7 +13,12 @@ _UNABLE_COLL = "^han,cuda,hcoll,portals4"
 
 
 def why_not(
-    mpirun: Path, num_ranks: int, wanted: str | None, extra: Sequence[str] = (), environ: Mapping[str, str] = os.environ
+    mpirun: Path,
+    num_ranks: int,
+    on_one_node: bool,
+    wanted: str | None,
+    extra: Sequence[str] = (),
+    environ: Mapping[str, str] = os.environ,
 ) -> str:
     """Say why the ranks have to do without fault tolerance.
 
@@ -23,6 +28,8 @@ def why_not(
         Open MPI's launcher.
     num_ranks : int
         Ranks to start, spares included.
+    on_one_node : bool
+        Whether all of them run on this node.
     wanted : str or None
         ``on`` or ``off``, if the user said so.
     extra : sequence of str
@@ -46,6 +53,10 @@ def why_not(
     chosen = mca_options(extra).get("pml", environ.get("OMPI_MCA_pml", _ABLE_PML))
     if chosen != _ABLE_PML:
         return f"pml = {chosen} is chosen for messages, and fault tolerance works with {_ABLE_PML} only"
+    # It would replace the fast transport of an InfiniBand or Slingshot site, and what becomes of a lost node is not
+    # proven: not without being asked.
+    if not on_one_node and wanted != "on" and not is_asked_for(extra):
+        return f"on several nodes it limits messages to {_ABLE_PML}, so that --recovery on has to ask for it"
     return ""
 
 

@@ -22,6 +22,14 @@ def children(pid: int) -> list[int]:
     return [child for child, parent, _, state in _processes() if parent == pid and state not in "ZX"]
 
 
+def is_running(pid: int) -> bool:
+    """Return whether a process has not ended yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 def variable(pid: int, name: str) -> str | None:
     """Return a variable of the environment that a process was started with.
 

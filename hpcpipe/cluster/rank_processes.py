@@ -7,7 +7,7 @@ import os
 import time
 
 from hpcpipe.cluster.banner import Failure
-from hpcpipe.cluster.processes import children, variable
+from hpcpipe.cluster.processes import children, is_running, variable
 
 _RANK = "OMPI_COMM_WORLD_RANK"
 _RECENT_S = 10.0
@@ -47,6 +47,9 @@ class RankProcesses:
     def look(self) -> None:
         """Look which children are there."""
         alive = children(self._mpirun)
+        # Of an mpirun that has just ended they are not children any more.
+        if not is_running(self._mpirun):
+            return
         self.num_children = len(alive)
         for pid in alive:
             if pid not in self._ranks and (rank := variable(pid, _RANK)) is not None:

@@ -87,13 +87,19 @@ def able_mpirun(folder: Path) -> Path:
 
 def test_when_ranks_can_survive_each_other(tmp_path: Path) -> None:
     able, unable = able_mpirun(tmp_path / "new"), fake_mpirun(tmp_path / "old/bin", "mpirun (Open MPI) 4.1.4")
-    assert why_not(able, 2, None, (), {}) == why_not(able, 2, "on", ("--mca", "pml", "ob1"), {}) == ""
-    assert "--recovery off" in why_not(able, 2, "off", (), {})
-    assert "no other rank" in why_not(able, 1, None, (), {})
-    assert f"{unable} belongs to an Open MPI without fault tolerance" in why_not(unable, 2, "on", (), {})
+    assert why_not(able, 2, True, None, (), {}) == why_not(able, 2, True, "on", ("--mca", "pml", "ob1"), {}) == ""
+    assert "--recovery off" in why_not(able, 2, True, "off", (), {})
+    assert "no other rank" in why_not(able, 1, True, None, (), {})
+    assert f"{unable} belongs to an Open MPI without fault tolerance" in why_not(unable, 2, True, "on", (), {})
     for extra, environ in ((("--mca", "pml", "ucx"), {}), ((), {"OMPI_MCA_pml": "ucx"})):
-        assert "pml = ucx" in why_not(able, 2, None, extra, environ)
-    assert why_not(launcher.find_mpirun(), 2, None, (), {}) == ""
+        assert "pml = ucx" in why_not(able, 2, True, None, extra, environ)
+    assert why_not(launcher.find_mpirun(), 2, True, None, (), {}) == ""
+
+
+def test_on_several_nodes_ranks_survive_each_other_on_demand(tmp_path: Path) -> None:
+    able = able_mpirun(tmp_path / "new")
+    assert "--recovery on has to ask for it" in why_not(able, 2, False, None, (), {})
+    assert why_not(able, 2, False, "on", (), {}) == why_not(able, 2, False, None, ("--with-ft", "ulfm"), {}) == ""
 
 
 def test_spares_and_reasons_reach_the_ranks() -> None:

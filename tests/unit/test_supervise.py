@@ -226,8 +226,7 @@ def test_a_killed_rank_is_not_the_end_where_ranks_survive(
     rule = "-" * 74 + "\n"
     banner = f"{rule}prterun noticed that process rank 1 with PID 4632 on node n2 exited on\nsignal 9 (Killed).\n{rule}"
     outcome = survive(
-        f"{RANKS}sys.stderr.write({banner!r}); sys.stderr.flush()\nfirst, second = rank(0, 3), rank(1, 0.5)\n"
-        "first.wait(); second.wait()"
+        f"{RANKS}sys.stderr.write({banner!r}); sys.stderr.flush()\nrank(0, 30); rank(1, 0.5).wait()\ntime.sleep(2.5)"
     )
     assert outcome == Outcome(0, (), False, False)
     assert [failure.rank for failure in outcome.losses] == losses
