@@ -9,6 +9,8 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcpipe.errors import UsageError
+from hpcpipe.faults import hooks
+from hpcpipe.mpi.tally import Tally
 from hpcpipe.mpi.wait import Waiter
 
 
@@ -59,23 +61,30 @@ class Channel:
         Waits, with its deadline.
     mode : MessageMode
         How to send.
+    tally : Tally, optional
+        Counts the content of the messages.
     """
 
-    def __init__(self, comm: MPI.Intracomm, waiter: Waiter, mode: MessageMode) -> None:
+    def __init__(self, comm: MPI.Intracomm, waiter: Waiter, mode: MessageMode, tally: Tally | None = None) -> None:
         self._comm = comm
         self._waiter = waiter
         self._mode = mode
         self._delays = random.Random(comm.rank)
         self._pending: dict[Hashable, MPI.Request] = {}
+        self._tally = tally
+        self._arriving: dict[Hashable, tuple[int, np.ndarray]] = {}
 
     def post_receive(self, name: Hashable, buffer: np.ndarray, source: int, tag: int) -> None:
         """Post a receive into the caller's buffer, which is MPI's until `wait` for the name returns."""
         self._delay()
+        self._arriving[name] = source, buffer
         self._pending[name] = self._comm.Irecv(buffer, source, tag)
 
     def start_send(self, name: Hashable, buffer: np.ndarray, destination: int, tag: int) -> None:
         """Start a send from the caller's buffer, to be left alone until `wait` for the name returns."""
         self._delay()
+        if self._tally is not None:
+            self._tally.add_sent(destination, buffer)
         send = self._comm.Issend if self._mode.synchronous else self._comm.Isend
         self._pending[name] = send(buffer, destination, tag)
 
@@ -84,13 +93,15 @@ class Channel:
         request = self._pending.pop(name, None)
         if request is not None:
             self._waiter.wait([request], lambda: f"the other end of message {name}")
+            self._arrived(name)
 
     def is_complete(self, name: Hashable) -> bool:
         """Return whether `wait` would return at once."""
         request = self._pending.get(name)
         if request is not None and not request.Test():
             return False
-        self._pending.pop(name, None)
+        if self._pending.pop(name, None) is not None:
+            self._arrived(name)
         return True
 
     def poll(self) -> None:
@@ -98,6 +109,15 @@ class Channel:
         pending = [request for request in self._pending.values() if request]
         if pending:
             MPI.Request.Testany(pending)
+
+    def _arrived(self, name: Hashable) -> None:
+        """Count a message, if it is one that was received."""
+        if name not in self._arriving:
+            return
+        source, buffer = self._arriving.pop(name)
+        hooks.corrupt("message", [buffer], getattr(name, "microbatch", None))
+        if self._tally is not None:
+            self._tally.add_received(source, buffer)
 
     def _delay(self) -> None:
         if self._mode.max_delay_s > 0:

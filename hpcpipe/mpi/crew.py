@@ -47,12 +47,15 @@ class Crew:
         As above.
     can_recover : bool
         Whether the death of a process can be survived.
+    has_changed : bool
+        Whether processes have died, so that MPI may hang where it ends.
     """
 
     def __init__(self, comm: MPI.Intracomm, process: int) -> None:
         self.comm = comm
         self.process = process
         self.can_recover = has_fault_tolerance()
+        self.has_changed = False
         self._grid: Grid | None = None
         self._told: list[tuple[bytes, MPI.Request]] = []
 
@@ -105,6 +108,7 @@ class Crew:
         self.leave_grid()
         self.comm.Free()
         self.comm, self._told = alive, []
+        self.has_changed = True
 
     def leave_grid(self) -> None:
         """Free the communicators of the grid."""

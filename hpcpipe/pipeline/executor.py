@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -25,6 +26,31 @@ def _nothing(*_: int) -> None:
     """Do nothing, where nothing is trained or there is one replica."""
 
 
+@dataclass(frozen=True)
+class Computed:
+    """What a compute action has left, for who wants to check it before it is used.
+
+    Attributes
+    ----------
+    action : Action
+        ``F``, ``B``, ``I`` or ``W``.
+    result : ndarray or None
+        Output of a forward, or gradient of a stage's input; None where there is none, as with the loss and for ``W``.
+    microbatch : Microbatch
+        What it was computed from; has the loss after the head's forward.
+    stash : Stash
+        What the forward has left for the backward.
+    again : callable
+        Computes a forward once more, with the same effect.
+    """
+
+    action: Action
+    result: np.ndarray | None
+    microbatch: Microbatch
+    stash: Stash
+    again: Callable[[], None] = _nothing
+
+
 @dataclass
 class Work:
     """What an executor calls for each microbatch, and at the end of a step.
@@ -43,6 +69,8 @@ class Work:
         Updates a stage; the schedule's messages are done and its time is taken before the first call.
     poll : callable
         Called between kernels and while the rank waits for a message: lets what `reduce` started move.
+    check : callable or None
+        Told of each compute action when it is done; it may be set and taken back between two runs.
     """
 
     load: Callable[[int], Microbatch]
@@ -51,6 +79,7 @@ class Work:
     reduce: Callable[[int], None] = _nothing
     step: Callable[[int], None] = _nothing
     poll: Callable[[], None] = _nothing
+    check: Callable[[Computed], None] | None = None
 
 
 class Executor:
@@ -176,7 +205,6 @@ class Executor:
         stage, microbatch = self._stages[action.stage], self._work.load(action.microbatch)
         if self._schedule.input_crosses(action.stage):
             self._transport.wait(Action(Kind.RECV_F, *key))
-            hooks.corrupt("message", [self._x[key]], action.microbatch)
         elif action.stage == 0:
             self._x[key] = self._unused
         else:
@@ -187,6 +215,9 @@ class Executor:
         if not is_last:
             hooks.corrupt("activation", [out], action.microbatch)
             self._out[key] = out
+        if self._work.check is not None:
+            again = partial(stage.forward, microbatch, self._x[key], out, self._stashes[key], self._poll)
+            self._work.check(Computed(action, None if is_last else out, microbatch, self._stashes[key], again))
         if self._is_forward_only:
             self._work.finished(*key, microbatch, self._stashes[key])
             self._release(key)
@@ -202,6 +233,7 @@ class Executor:
             self._work.gradients(*key),
             self._poll,
         )
+        self._check(action, d, microbatch)
         self._leave_backward(key, d)
         self._work.finished(*key, microbatch, self._stashes[key])
         self._release(key)
@@ -211,6 +243,7 @@ class Executor:
         self._stages[action.stage].backward_input(
             microbatch, self._x[key], d, self._stashes[key], self._upstreams[key], self._poll
         )
+        self._check(action, d, microbatch)
         self._leave_backward(key, d)
 
     def _backward_weight(self, action: Action) -> None:
@@ -219,8 +252,15 @@ class Executor:
         self._stages[action.stage].backward_weight(
             microbatch, self._x[key], self._stashes[key], self._upstreams[key], self._work.gradients(*key), self._poll
         )
+        self._check(action, None, microbatch)
         self._work.finished(*key, microbatch, self._stashes[key])
         self._release(key)
+
+    def _check(self, action: Action, d: np.ndarray | None, microbatch: Microbatch) -> None:
+        """Show the gradients that a backward has left."""
+        if self._work.check is not None:
+            key = (action.stage, action.microbatch)
+            self._work.check(Computed(action, d, microbatch, self._stashes[key]))
 
     def _enter_backward(self, action: Action) -> tuple[Key, np.ndarray, Microbatch]:
         """Get the gradient of a stage's output: from a message, from the next stage here, or from the loss."""
@@ -228,7 +268,6 @@ class Executor:
         if self._schedule.output_crosses(action.stage):
             self._transport.wait(Action(Kind.RECV_B, *key))
             d = self._d.pop(key)
-            hooks.corrupt("message", [d], action.microbatch)
         elif action.stage + 1 == self._schedule.num_stages:
             d = self._take()
         else:

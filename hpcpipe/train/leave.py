@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hpcpipe.errors import ExitCode, HpcpipeError
 from hpcpipe.mpi import runtime
+from hpcpipe.mpi.crew import Crew
 from hpcpipe.mpi.runtime import World
 from hpcpipe.train.last_status import write_last_status
 
@@ -25,12 +26,15 @@ class Outcome:
         What the process returns.
     speaks : callable
         Whether this process tells an error that all ranks raise; the block may replace it.
+    crew : Crew or None
+        All live processes, if the block says so.
     """
 
     code = ExitCode.DONE
 
     def __init__(self, speaks: Callable[[], bool]) -> None:
         self.speaks = speaks
+        self.crew: Crew | None = None
 
 
 @contextlib.contextmanager

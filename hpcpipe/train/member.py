@@ -91,7 +91,7 @@ class Member:
     @property
     def role(self) -> int:
         """The rank of this process in the grid, -1 for a spare."""
-        return self.roles[self.crew.rank]
+        return self.roles[self.processes.index(self.crew.process)]
 
     @property
     def config(self) -> Config:

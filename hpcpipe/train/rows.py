@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from hpcpipe.memory.layout import new_arrays
 from hpcpipe.model.layer import Layer
 from hpcpipe.model.tensors import BufferSpec, f64
@@ -10,7 +12,8 @@ from hpcpipe.mpi.collectives import gather_rows
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.mpi.wait import Waiter
 
-_STOP, _DUE, _ANSWER, _BUBBLE, _FIRST_LOSS = 0, 1, 2, 3, 4
+_STOP, _DUE, _ANSWER, _BUBBLE, _DAMAGED, _DIFFERED, _BALANCE, _WEIGHTS, _FIRST_LOSS = range(9)
+_MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,31 @@ class Heard:
     stop: bool
     due: bool
     answers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What a rank found when it looked at its numbers before the update; see `hpcpipe.train.guard`.
+
+    Attributes
+    ----------
+    damaged : int
+        1 + number of the first part of its state that has changed since the last update; 0: none has.
+    differed : int
+        What computing an action twice has shown, as `hpcpipe.train.guard_actions` counts; 0: nothing.
+    balance : int
+        Content of the messages that it sent less that of those it received, modulo 2**64.
+    weights : int
+        Digest of all its weights, below 2**64; only compared if there are several replicas.
+    """
+
+    damaged: int = 0
+    differed: int = 0
+    balance: int = 0
+    weights: int = 0
+
+
+NOTHING_FOUND = Checks()
 
 
 def row_specs(model: Sequence[Layer], num_microbatches: int, num_ranks: int) -> dict[str, BufferSpec]:
@@ -72,8 +100,17 @@ class StepRows:
         self._order = {tensor.name: i for i, tensor in enumerate(t for layer in model for t in layer.tensors)}
         arrays = new_arrays(row_specs(model, num_microbatches, grid.comm.size), "sums")
         self._row, self._rows, self._squares = arrays["row"], arrays["rows"], arrays["squares"]
+        # A float64 has no place for 64 bits of a number, but its own are only moved.
+        self._row_bits, self._bits = self._row.view(np.uint64), self._rows.view(np.uint64)
 
-    def share(self, notes: Notes, bubble: float, losses: Sequence[float], squares: Mapping[str, float]) -> None:
+    def share(
+        self,
+        notes: Notes,
+        bubble: float,
+        losses: Sequence[float],
+        squares: Mapping[str, float],
+        checks: Checks = NOTHING_FOUND,
+    ) -> None:
         """Give every rank the figures of all ranks; all call it.
 
         Parameters
@@ -86,6 +123,8 @@ class StepRows:
             Of each microbatch, on ranks with the head; empty on the others.
         squares : mapping of str to float
             Sums of squares of the gradients of the tensors that it owns.
+        checks : Checks
+            What it found.
 
         Raises
         ------
@@ -94,6 +133,8 @@ class StepRows:
         """
         row = self._row
         row[_STOP], row[_DUE], row[_ANSWER], row[_BUBBLE] = notes.stop, notes.due, notes.answer, bubble
+        row[_DAMAGED], row[_DIFFERED] = checks.damaged, checks.differed
+        self._row_bits[_BALANCE], self._row_bits[_WEIGHTS] = checks.balance, checks.weights
         for index, loss in enumerate(losses, _FIRST_LOSS):
             row[index] = loss
         for name, value in squares.items():
@@ -127,6 +168,27 @@ class StepRows:
             self._squares += self._rows[self._grid.world_rank(0, stage_rank), first:]
         values: list[float] = self._squares.tolist()
         return values
+
+    def damaged(self) -> dict[int, int]:
+        """Return what changed, as in `Checks`, for each rank whose state did."""
+        return self._nonzero(_DAMAGED)
+
+    def differed(self) -> dict[int, int]:
+        """Return what differed, as in `Checks`, for each rank that has computed something twice and seen that."""
+        return self._nonzero(_DIFFERED)
+
+    def are_messages_whole(self) -> bool:
+        """Return whether all ranks together have received what they have sent."""
+        balances: list[int] = self._bits[:, _BALANCE].tolist()
+        return sum(balances) & _MASK == 0
+
+    def are_replicas_equal(self) -> bool:
+        """Return whether all replicas have the same weights."""
+        weights: list[int] = self._bits[:, _WEIGHTS].tolist()
+        return weights == weights[: self._grid.pipeline] * self._grid.data
+
+    def _nonzero(self, index: int) -> dict[int, int]:
+        return {rank: int(value) for rank, value in enumerate(self._column(index)) if value}
 
     def _column(self, index: int) -> list[float]:
         values: list[float] = self._rows[:, index].tolist()

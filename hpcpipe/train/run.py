@@ -65,8 +65,11 @@ def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
     with leaving_together(world, run_directory(config_path, overrides)) as outcome:
         code = _train(world, config_path, overrides, resume, writer, outcome)
     writer.close()
+    code = outcome.code or code
+    if outcome.crew is not None and outcome.crew.has_changed:
+        runtime.leave(outcome.crew.comm, code)
     runtime.stop(world)
-    return outcome.code or code
+    return code
 
 
 def _train(
@@ -116,7 +119,7 @@ def _train(
         member = _prepare_member(base, world, stop, writer, resume)
         if world.rank == 0:
             member.console, member.lock = console, lock
-        outcome.speaks = lambda: member.role == 0
+        outcome.crew, outcome.speaks = member.crew, lambda: member.role == 0
         return live(member)
     finally:
         team.close()

@@ -1,36 +1,31 @@
 """One step: run the schedule, sum the gradients, clip, update a shard, share it. The same bits on every grid."""
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
-
-from hpcpipe.errors import NumericsError
 from hpcpipe.faults import hooks
 from hpcpipe.memory.layout import Memory, new_arrays
-from hpcpipe.model.layer import Arrays
 from hpcpipe.model.tensors import BufferSpec, f32
 from hpcpipe.mpi.channel import Channel, MessageMode
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.mpi.shards import ShardExchange, receive_elements
 from hpcpipe.mpi.wait import Waiter
-from hpcpipe.optim.adamw import AdamW
 from hpcpipe.optim.clip import clip_factor, global_norm
 from hpcpipe.optim.learning_rate import learning_rate
-from hpcpipe.optim.shards import Bucket, Slice
 from hpcpipe.pipeline.executor import Executor, Work
 from hpcpipe.pipeline.messages import Messages
-from hpcpipe.pipeline.packed import PackedWeights
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.gradients import Gradients, TiedGradients
+from hpcpipe.train.guard import ALONE, Guard, Surroundings, Verdict, new_tallies
+from hpcpipe.train.guard_actions import ActionGuard
 from hpcpipe.train.norm import SquareSums
 from hpcpipe.train.rows import Heard, Notes, StepRows
 from hpcpipe.train.stage_tensors import StageTensors
 from hpcpipe.train.state import State
+from hpcpipe.train.update import Updates
 
 
 @dataclass(frozen=True)
@@ -51,6 +46,8 @@ class StepResult:
         Fraction of the schedule's time that ranks waited for messages, the mean over ranks.
     heard : Heard
         What the ranks had to tell each other.
+    is_skipped : bool
+        Whether nothing was updated. The loss or the norm may be not finite then.
     """
 
     loss: float
@@ -59,6 +56,7 @@ class StepResult:
     step_s: float
     bubble: float
     heard: Heard
+    is_skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,20 +71,12 @@ class _Agreed:
     heard: Heard
 
 
-class _Update:
-    """The update of this replica's shard of a bucket."""
+class _Undone(Exception):
+    """Leaves the schedule before the first update, with what was agreed; every rank raises it."""
 
-    def __init__(self, bucket: Bucket, held: list[Slice], optimizer: AdamW, packed: PackedWeights) -> None:
-        self.bucket = bucket
-        self.optimizer = optimizer
-        self.packed = {
-            part.name: packed.of(part.name) for part in held if part.size == part.tensor.size and part.name in packed
-        }
-        self._held = held
-
-    def arrays(self, arrays: Arrays) -> dict[str, np.ndarray]:
-        """Return the shard's elements: matrices that are packed as such, the others flat."""
-        return {part.name: arrays[part.name] if part.name in self.packed else part.of(arrays) for part in self._held}
+    def __init__(self, verdict: Verdict, agreed: _Agreed) -> None:
+        super().__init__(verdict.value)
+        self.verdict, self.agreed = verdict, agreed
 
 
 class Trainer:
@@ -111,6 +101,8 @@ class Trainer:
     ----------
     stages : dict of int to Stage
         What computes; its layers are `hpcpipe.train.stopwatch.TimedLayer`.
+    before_update : callable
+        Called before the ranks agree on an update: what reads the state beside the schedule ends here.
     """
 
     def __init__(
@@ -121,6 +113,7 @@ class Trainer:
         waiter: Waiter,
         batches: TrainingBatches,
         mode: MessageMode,
+        surroundings: Surroundings = ALONE,
     ) -> None:
         config = state.config
         self._state = state
@@ -131,20 +124,10 @@ class Trainer:
         assert all(stage.shard == grid.replica for stage in state.stages.values())
         self._gradients = Gradients(state, config.parallel.lanes // grid.data, schedule.num_microbatches)
         received = new_arrays({"received": received_spec(state.stages, grid.data)}, "sums")["received"]
-        self._exchange = ShardExchange(grid.data_comm, waiter, mode, received)
+        in_pipeline, between_replicas = tallies = new_tallies(config)
+        self._exchange = ShardExchange(grid.data_comm, waiter, mode, received, between_replicas)
         waiter.background = [self._exchange.advance]
-        self._updates = {
-            index: [
-                _Update(bucket, list(bucket.slices(grid.replica)), optimizer, stage.parameters.packed)
-                for bucket, optimizer in stage.optimizers(config.train)
-            ]
-            for index, stage in state.stages.items()
-        }
-        # What other replicas update is packed when it has arrived.
-        self._packed_here = {
-            index: frozenset(name for update in updates for name in update.packed)
-            for index, updates in self._updates.items()
-        }
+        self._updates = Updates(state, grid.replica, self._exchange)
         self._step = 0
         self._notes: Callable[[], Notes] = Notes
         self._agreed: _Agreed | None = None
@@ -156,8 +139,9 @@ class Trainer:
             step=self._update,
             poll=self._exchange.advance,
         )
-        channel = Channel(grid.pipeline_comm, waiter, mode)
+        channel = Channel(grid.pipeline_comm, waiter, mode, in_pipeline)
         self.stages = state.compute_stages(config.parallel.microbatch_size, config.train.recompute, timed=True)
+        self.before_update: Callable[[], None] = lambda: None
         self._executor = Executor(
             schedule,
             grid.stage_rank,
@@ -168,6 +152,11 @@ class Trainer:
         self._tied = TiedGradients(state, grid, channel)
         self._squares = SquareSums(state.stages, grid, waiter)
         self._rows = StepRows(state.model, schedule.num_microbatches, grid, waiter)
+        layers = {index: stage.layers for index, stage in state.stages.items()}
+        actions = ActionGuard(
+            *(work, schedule, state.model, layers, grid, waiter), config.run.seed, config.guard.recompute_every
+        )
+        self._guard = Guard(state, grid, waiter, self._rows, actions, tallies, surroundings)
 
     @property
     def memory(self) -> Memory:
@@ -186,23 +175,24 @@ class Trainer:
 
         Raises
         ------
-        NumericsError
-            On every rank, before the update, if the loss or the gradient is not finite.
+        NumericsError, Interruption, RankError
+            On every rank, before the update: see `hpcpipe.train.guard.Guard.judge`.
         """
         hooks.enter_step(step)
+        self._guard.begin(step)
         if hooks.active is not None:
             self._offer_to_faults()
         start = time.perf_counter()
-        self._waiter.waited_s = 0.0
-        self._batches.load(step)
-        self._step, self._notes, self._agreed = step, notes, None
-        self._executor.run()
-        self._exchange.finish()
-        for index, stage in self._state.stages.items():
-            stage.parameters.packed.pack(self._state.team, self._packed_here[index])
+        self._step, self._notes = step, notes
+        agreed, is_skipped = self._walk()
+        if not is_skipped:
+            self._updates.finish()
         self._gradients.reset()
         self._state.step = step
-        agreed = self._agree_once()
+        if is_skipped:
+            self._guard.skipped()
+        else:
+            self._guard.updated()
         return StepResult(
             agreed.loss,
             agreed.grad_norm,
@@ -210,7 +200,23 @@ class Trainer:
             time.perf_counter() - start,
             agreed.bubble,
             agreed.heard,
+            is_skipped,
         )
+
+    def _walk(self) -> tuple[_Agreed, bool]:
+        """Walk the schedule until all ranks are content with it; return what they agreed on, and if it is skipped."""
+        while True:
+            self._waiter.waited_s = 0.0
+            self._batches.load(self._step)
+            self._agreed = None
+            self._guard.begin_try()
+            try:
+                self._executor.run()
+                return self._agree_once(), False
+            except _Undone as undone:
+                if undone.verdict is Verdict.SKIP:
+                    return undone.agreed, True
+            self._gradients.reset()
 
     def _offer_to_faults(self) -> None:
         for stage in self._state.stages.values():
@@ -221,55 +227,45 @@ class Trainer:
         """Start to sum a stage's gradients over the replicas, each replica its shard."""
         total = self._gradients.close(stage)
         hooks.corrupt("gradient", total.arrays.values())
+        self._guard.actions.check_sum(stage, total.flat)
         for bucket in self._state.stages[stage].buckets:
             self._exchange.reduce_scatter(f"REDUCE{stage}", bucket.of(total.flat, total.offsets), bucket.cuts)
         hooks.point("reduce")
 
     def _update(self, stage: int) -> None:
         """Update this replica's shard of a stage, and start to share it."""
-        agreed, total = self._agree_once(), self._gradients.totals[stage]
+        agreed = self._agree_once()
         hooks.point("update")
-        weights = self._state.stages[stage].parameters.weights
-        for update in self._updates[stage]:
-            update.optimizer.update(
-                update.arrays(weights.arrays),
-                update.arrays(total.arrays),
-                self._step,
-                agreed.scale,
-                agreed.learning_rate,
-                update.packed,
-                self._state.team,
-            )
-            bucket = update.bucket
-            self._exchange.all_gather(f"STEP{stage}", bucket.of(weights.flat, weights.offsets), bucket.cuts)
+        self._updates.run(stage, self._gradients.totals, self._step, agreed.scale, agreed.learning_rate)
         hooks.point("updated")
 
     def _agree_once(self) -> _Agreed:
         if self._agreed is None:
             self._agreed = self._agree()
+            self._guard.updating()
         return self._agreed
 
     def _agree(self) -> _Agreed:
         """Complete the gradients, and let every rank know loss, norm and whether to stop."""
         state, train = self._state, self._state.config.train
         bubble = self._waiter.waited_s / self._executor.run_s
+        self.before_update()
         hooks.point("agree")
         self._exchange.finish()
         self._tied.add_uses(self._gradients.totals)
         has_head = state.last_stage in state.stages
         losses = [self._batches[index].loss for index in range(self._num_microbatches)] if has_head else ()
-        self._rows.share(self._notes(), bubble, losses, self._squares.add(self._gradients.totals))
+        squares = self._squares.add(self._gradients.totals)
+        self._rows.share(self._notes(), bubble, losses, squares, self._guard.checks())
         loss = self._rows.loss(state.placement[-1]) / state.tokens_per_step
         norm = global_norm(self._rows.squares(), state.tokens_per_step)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            error = NumericsError(
-                f"step {self._step}: loss {loss}, gradient norm {norm}: nothing was updated; lower train.learning_rate"
-                f" ({train.learning_rate:g}) or train.clip ({train.clip:g}) and go on from the last checkpoint"
-            )
-            raise error.on_all()
-        rate = learning_rate(train, self._step)
         scale = clip_factor(norm, train.clip) / state.tokens_per_step
-        return _Agreed(loss, norm, rate, scale, self._rows.bubble(), self._rows.heard())
+        rate = learning_rate(train, self._step)
+        agreed = _Agreed(loss, norm, rate, scale, self._rows.bubble(), self._rows.heard())
+        verdict = self._guard.judge(loss, norm)
+        if verdict is not Verdict.UPDATE:
+            raise _Undone(verdict, agreed)
+        return agreed
 
 
 def received_spec(stages: Mapping[int, StageTensors], num_replicas: int) -> BufferSpec:

@@ -4,12 +4,14 @@ import numpy as np
 from mpi4py import MPI
 
 from hpcpipe.config.check import check_stages, resolve
-from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
+from hpcpipe.config.schema import Config, GuardConfig, ModelConfig, ParallelConfig, TrainConfig
 from hpcpipe.kernels.threads import ALONE, Team
 from hpcpipe.mpi.channel import MessageMode
 from hpcpipe.mpi.grid import make_grid
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.train.batches import TrainingBatches
+from hpcpipe.train.guard import ALONE as NO_SURROUNDINGS
+from hpcpipe.train.guard import Surroundings
 from hpcpipe.train.session import build_schedule
 from hpcpipe.train.state import State, build_state
 from hpcpipe.train.step import StepResult, Trainer
@@ -45,6 +47,8 @@ class Training:
         samples: object = None,
         team: Team = ALONE,
         precision: str = "auto",
+        guard: GuardConfig | None = None,
+        surroundings: Surroundings = NO_SURROUNDINGS,
         **parallel: object,
     ) -> None:
         config = Config(
@@ -53,6 +57,7 @@ class Training:
             train=TrainConfig(
                 steps=steps, learning_rate=1e-2, warmup_steps=1, clip=clip, recompute=recompute, precision=precision
             ),
+            guard=guard or GuardConfig(),
         )
         config = resolve(config, comm.size)
         self.schedule = build_schedule(config)
@@ -63,7 +68,9 @@ class Training:
         per_replica = chosen.microbatches // data
         local = range(self.grid.replica * per_replica, (self.grid.replica + 1) * per_replica)
         batches = TrainingBatches(samples or CountedSamples(), chosen.microbatches, local, 2, config.model.context)
-        self.trainer = Trainer(self.state, self.schedule, self.grid, Waiter(60.0), batches, mode or MessageMode())
+        self.trainer = Trainer(
+            self.state, self.schedule, self.grid, Waiter(60.0), batches, mode or MessageMode(), surroundings
+        )
         self._step = 0
 
     def run(self, steps: int) -> list[StepResult]:
