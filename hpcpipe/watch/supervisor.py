@@ -217,7 +217,7 @@ class Supervisor:
 
     def _judge(self) -> None:
         """See whether somebody hangs, straggles, or all wait for each other."""
-        if all(seat.silent_s < 1.0 and seat.quiet_s < 1.0 and not seat.straggled_s for seat in self._seats.values()):
+        if all(seat.quiet_s <= TICK_S and not seat.straggled_s for seat in self._seats.values()):
             return
         self._find_stragglers()
         ranks = self._ranks()
