@@ -10,8 +10,9 @@ from mpi4py import MPI
 
 from hpcpipe.errors import UsageError
 from hpcpipe.faults import hooks
+from hpcpipe.mpi.runtime import process_numbers
 from hpcpipe.mpi.tally import Tally
-from hpcpipe.mpi.wait import Waiter
+from hpcpipe.mpi.wait import Other, Waiter
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Channel:
         self._waiter = waiter
         self._mode = mode
         self._delays = random.Random(comm.rank)
-        self._pending: dict[Hashable, MPI.Request] = {}
+        self._processes = process_numbers(comm)
+        self._pending: dict[Hashable, tuple[MPI.Request, Other]] = {}
         self._tally = tally
         self._arriving: dict[Hashable, tuple[int, np.ndarray]] = {}
 
@@ -78,7 +80,9 @@ class Channel:
         """Post a receive into the caller's buffer, which is MPI's until `wait` for the name returns."""
         self._delay()
         self._arriving[name] = source, buffer
-        self._pending[name] = self._comm.Irecv(buffer, source, tag)
+        other = Other("RECV", name, self._processes[source], tag)
+        self._pending[name] = self._comm.Irecv(buffer, source, tag), other
+        self._waiter.watch.posted(*other, buffer.nbytes)
 
     def start_send(self, name: Hashable, buffer: np.ndarray, destination: int, tag: int) -> None:
         """Start a send from the caller's buffer, to be left alone until `wait` for the name returns."""
@@ -86,18 +90,20 @@ class Channel:
         if self._tally is not None:
             self._tally.add_sent(destination, buffer)
         send = self._comm.Issend if self._mode.synchronous else self._comm.Isend
-        self._pending[name] = send(buffer, destination, tag)
+        other = Other("SEND", name, self._processes[destination], tag)
+        self._pending[name] = send(buffer, destination, tag), other
+        self._waiter.watch.posted(*other, buffer.nbytes)
 
     def wait(self, name: Hashable) -> None:
         """Wait until a posted receive or a started send is complete; one that is known to be returns at once."""
-        request = self._pending.pop(name, None)
-        if request is not None:
-            self._waiter.wait([request], lambda: f"the other end of message {name}")
+        request, other = self._pending.pop(name, (None, None))
+        if request is not None and other is not None:
+            self._waiter.wait([request], lambda: f"the other end of message {name}", other)
             self._arrived(name)
 
     def is_complete(self, name: Hashable) -> bool:
         """Return whether `wait` would return at once."""
-        request = self._pending.get(name)
+        request = self._pending.get(name, (None,))[0]
         if request is not None and not request.Test():
             return False
         if self._pending.pop(name, None) is not None:
@@ -106,7 +112,7 @@ class Channel:
 
     def poll(self) -> None:
         """Let MPI move messages: it moves large ones only inside its own calls."""
-        pending = [request for request in self._pending.values() if request]
+        pending = [request for request, _ in self._pending.values() if request]
         if pending:
             MPI.Request.Testany(pending)
 

@@ -188,6 +188,15 @@ def abort(code: ExitCode = ExitCode.RANK_FAILED) -> None:
     os._exit(int(code))
 
 
+def process_numbers(comm: MPI.Intracomm) -> list[int]:
+    """Return the number in the launch of each rank of a communicator."""
+    own, every = comm.Get_group(), _every_rank().Get_group()
+    numbers = own.Translate_ranks(None, every)
+    own.Free()
+    every.Free()
+    return list(numbers)
+
+
 def highest_tag() -> int:
     """Return the largest tag that this MPI library allows."""
     bound = _every_rank().Get_attr(MPI.TAG_UB)

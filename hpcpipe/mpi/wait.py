@@ -43,6 +43,14 @@ ALL = Other("ALL")
 class Watch(Protocol):
     """Who is told what this rank does, so that somebody outside can find hangs; see `hpcpipe.watch`."""
 
+    def begin(self, kind: str, stage: int, microbatch: int) -> None:
+        """Hear that an action of the schedule begins."""
+        ...
+
+    def end(self) -> None:
+        """Hear that it is done."""
+        ...
+
     def posted(self, kind: str, name: object, peer: int, tag: int, num_bytes: int) -> None:
         """Hear that a message is under way."""
         ...
@@ -58,6 +66,12 @@ class Watch(Protocol):
 
 class NoWatch:
     """Nobody is told."""
+
+    def begin(self, kind: str, stage: int, microbatch: int) -> None:
+        """Do nothing."""
+
+    def end(self) -> None:
+        """Do nothing."""
 
     def posted(self, kind: str, name: object, peer: int, tag: int, num_bytes: int) -> None:
         """Do nothing."""

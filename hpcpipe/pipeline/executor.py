@@ -14,7 +14,7 @@ from hpcpipe.pipeline.buffers import Key, RankLayout
 from hpcpipe.pipeline.pool import Pool
 from hpcpipe.pipeline.stage import Stage, Stash
 from hpcpipe.pipeline.transport import Transport
-from hpcpipe.schedule.action import Action, Kind, Schedule
+from hpcpipe.schedule.action import COMPUTE, UPDATE, Action, Kind, Schedule
 
 ACTIVATIONS = "activations"
 """What the memory of executors is counted under."""
@@ -69,6 +69,8 @@ class Work:
         Updates a stage; the schedule's messages are done and its time is taken before the first call.
     poll : callable
         Called between kernels and while the rank waits for a message: lets what `reduce` started move.
+    begin, end : callable or None
+        Told that an action begins, with kind, stage and microbatch, and that it is done; not of messages.
     check : callable or None
         Told of each compute action when it is done; it may be set and taken back between two runs.
     """
@@ -79,6 +81,8 @@ class Work:
     reduce: Callable[[int], None] = _nothing
     step: Callable[[int], None] = _nothing
     poll: Callable[[], None] = _nothing
+    begin: Callable[[Kind, int, int], None] | None = None
+    end: Callable[[], None] = _nothing
     check: Callable[[Computed], None] | None = None
 
 
@@ -158,6 +162,9 @@ class Executor:
             Kind.REDUCE: lambda action: work.reduce(action.stage),
             Kind.STEP: self._step,
         }
+        if work.begin is not None:
+            for kind in COMPUTE | UPDATE:
+                self._handlers[kind] = _told(self._handlers[kind], work.begin, work.end)
 
     def _find_stashes(self, offsets: Mapping[tuple[Key, bool], Extent]) -> None:
         """Give each (stage, microbatch) its part of the memory; those at one place share what describes it."""
@@ -320,3 +327,16 @@ class Executor:
         x = self._x.pop(key)
         if x is not self._unused:
             self._streams.give_back(x)
+
+
+def _told(
+    handler: Callable[[Action], None], begin: Callable[[Kind, int, int], None], end: Callable[[], None]
+) -> Callable[[Action], None]:
+    """Return a handler that tells when it begins and ends."""
+
+    def handle(action: Action) -> None:
+        begin(*action)
+        handler(action)
+        end()
+
+    return handle

@@ -85,7 +85,13 @@ class Evaluator:
             grid.stage_rank,
             state.compute_stages(batch),
             messages,
-            Work(load=load, gradients=no_gradients, finished=self._finished),
+            Work(
+                load=load,
+                gradients=no_gradients,
+                finished=self._finished,
+                begin=waiter.watch.begin,
+                end=waiter.watch.end,
+            ),
             memory,
         )
 

@@ -138,6 +138,8 @@ class Trainer:
             reduce=self._reduce,
             step=self._update,
             poll=self._exchange.advance,
+            begin=waiter.watch.begin,
+            end=waiter.watch.end,
         )
         channel = Channel(grid.pipeline_comm, waiter, mode, in_pipeline)
         self.stages = state.compute_stages(config.parallel.microbatch_size, config.train.recompute, timed=True)
