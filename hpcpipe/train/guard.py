@@ -181,15 +181,13 @@ class Guard:
             return Verdict.REPEAT
         figures, doubted = _Figures(loss, norm), self._doubted
         score = self._spikes.score(loss, norm) if figures.are_finite and self._config.guard.spikes != "off" else 0.0
-        if doubted is None and (not figures.are_finite or score > ALARM):
+        is_new = doubted is None or (doubted.are_finite and not figures.are_finite)
+        if is_new and (not figures.are_finite or score > ALARM):
             self._doubted = figures
             return Verdict.REPEAT
-        if (
-            doubted is not None
-            and (doubted.loss, doubted.norm) != (loss, norm)
-            and doubted.are_finite | figures.are_finite
-        ):
-            self._tell("step repeated", step=self._step, first=str(doubted), second=str(figures))
+        if doubted is not None and figures.are_finite and figures != doubted:
+            event = "spike once" if doubted.are_finite else "not finite once"
+            self._tell(event, step=self._step, first=str(doubted), second=str(figures))
         if not figures.are_finite:
             return self._skip_not_finite(figures)
         verdict = self._judge_spike(figures, score) if score > ALARM else Verdict.UPDATE
@@ -262,12 +260,8 @@ class Guard:
         """Find out between which ranks messages have changed; all ranks call it."""
         grid = self._grid
         sizes = (grid.pipeline, grid.data)
-        own = [
-            value
-            for tally, size in zip(self.tallies, sizes, strict=True)
-            if tally is not None
-            for value in tally.row(size)
-        ]
+        counted = [(tally, size) for tally, size in zip(self.tallies, sizes, strict=True) if tally is not None]
+        own = [value for tally, size in counted for value in tally.row(size)]
         rows = gather_rows(grid.comm, self._waiter, np.array(own, np.uint64)).tolist()
         links = []
         for replica in range(grid.data):
