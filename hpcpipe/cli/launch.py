@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -165,7 +166,6 @@ def launch(
         A stop came before the run had begun, or the ranks were killed at once.
     """
     from hpcpipe.cluster import fault_tolerance, launcher
-    from hpcpipe.cluster.shared_folder import shared_folder
     from hpcpipe.cluster.supervise import new_launch_id, supervise
 
     mpirun = launcher.find_mpirun()
@@ -181,15 +181,9 @@ def launch(
         mpirun, num_started, program, machine, mpirun_args, environ, survives_failures=not why_not
     )
 
-    shared = shared_folder(environ, num_started, is_one_node=num_here is not None)
-    with launcher.session_folder(environ), shared, _locked(directory, environ):
-        outcome = supervise(
-            command,
-            environ,
-            lambda: _progress(directory, launch_id),
-            survives_failures=not why_not,
-            num_ranks=num_here,
-        )
+    with _folders(environ, num_here), _locked(directory, environ):
+        progress = partial(_progress, directory, launch_id)
+        outcome = supervise(command, environ, progress, survives_failures=not why_not, num_ranks=num_here)
     if directory is None and outcome.code == 0 and not outcome.failures:
         return int(ExitCode.DONE)
     try:
@@ -200,6 +194,16 @@ def launch(
     if code != ExitCode.DONE:
         _end_status(directory, launch_id, BY_CODE.get(code, RankError)(_story(outcome)))
     return code
+
+
+@contextlib.contextmanager
+def _folders(environ: MutableMapping[str, str], num_here: int | None) -> Iterator[None]:
+    """Give the launch folders of its own, which are removed at the end; `num_here`: ranks, if all are on this node."""
+    from hpcpipe.cluster.launcher import session_folder
+    from hpcpipe.cluster.shared_folder import shared_folder
+
+    with session_folder(environ), shared_folder(environ, num_here or 0, is_one_node=num_here is not None):
+        yield
 
 
 def _announce(why_not: str, recovery: str | None, num_spares: int, environ: MutableMapping[str, str]) -> None:

@@ -4,6 +4,7 @@ import collections
 import itertools
 import os
 import random
+import resource
 import signal
 import subprocess
 import threading
@@ -129,6 +130,10 @@ class Injector:
             raise InjectedError(f"injected: {fault.text}")
         elif fault.kind == "memory":
             bytearray(1 << 62)
+        elif fault.kind == "files":
+            _use_up_files()
+        elif fault.kind == "clock":
+            _shift_clock(fault.shift_s)
         elif fault.kind == "exit":
             raise SystemExit(fault.code)
 
@@ -149,6 +154,19 @@ def _spin() -> NoReturn:
     """Compute for ever in one call of the interpreter, which lets no other thread and no signal handler run."""
     collections.deque(itertools.repeat(None), maxlen=0)
     raise AssertionError("an endless iterator has ended")
+
+
+def _use_up_files() -> None:
+    """Let this process open no more files than it has open."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+
+
+def _shift_clock(shift_s: float) -> None:
+    """Let the time of day jump for what this process asks Python's time module."""
+    ask, convert = time.time, time.gmtime
+    time.time = lambda: ask() + shift_s
+    time.gmtime = lambda seconds=None: convert(time.time() if seconds is None else seconds)
 
 
 def _damage(fault: Fault, arrays: Sequence[np.ndarray]) -> None:

@@ -26,9 +26,9 @@ PHASES = (
     "idle",
     "revoke",
     "shrink",
-    "gather",
-    "plan",
-    "split",
+    "exchange",
+    "decide",
+    "form",
     "restore",
     "commit",
 )
@@ -40,7 +40,7 @@ DATA = ("weight", "moment", "activation", "gradient", "message", "copy")
 DAMAGE = ("nan", "inf", "flip")
 """Kinds of faults that damage data, and need to be told which."""
 
-KINDS = ("kill", "stop", "spin", "slow", "raise", "memory", "exit", "wrongtag", *DAMAGE)
+KINDS = ("kill", "stop", "spin", "slow", "raise", "memory", "files", "exit", "clock", "wrongtag", *DAMAGE)
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Fault:
         After how many seconds a stopped process goes on; None: never.
     factor : float
         How much longer a slowed process computes.
+    shift_s : float
+        Seconds that the time of day jumps.
     code : int
         What a process exits with.
     bit : int or None
@@ -98,6 +100,7 @@ class Fault:
     times: float = 1
     seconds: float | None = None
     factor: float = 3.0
+    shift_s: float = 3600.0
     code: int = 1
     bit: int | None = None
     seed: int = 0
@@ -190,6 +193,16 @@ def _number(name: str, highest: float = math.inf) -> Callable[[str], dict[str, A
     return read
 
 
+def _signed(name: str) -> Callable[[str], dict[str, Any]]:
+    """Return a reader of a number that may be negative."""
+
+    def read(text: str) -> dict[str, Any]:
+        sign, rest = (-1, text[1:]) if text.startswith("-") else (1, text)
+        return {name: sign * _number(name)(rest)[name]}
+
+    return read
+
+
 def _word(name: str, known: tuple[str, ...]) -> Callable[[str], dict[str, Any]]:
     """Return a reader of one of several words."""
 
@@ -230,6 +243,7 @@ _KEYS: dict[str, Callable[[str], dict[str, Any]]] = {
     "times": _times,
     "seconds": _number("seconds"),
     "factor": _number("factor"),
+    "shift": _signed("shift_s"),
     "code": _whole("code"),
     "bit": _whole("bit"),
     "seed": _whole("seed"),

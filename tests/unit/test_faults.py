@@ -141,6 +141,26 @@ def test_memory_cannot_be_allocated() -> None:
         injector("memory").point("update")
 
 
+def test_no_more_files_can_be_opened() -> None:
+    then = """try:
+    hooks.point('forward')
+    open('/dev/null')
+except OSError as error:
+    print(error.strerror)"""
+    assert b"Too many open files" in child("files", then).communicate(timeout=10)[0]
+
+
+@pytest.mark.parametrize("shift", [3600, -7200.5])
+def test_the_clock_jumps(shift: float) -> None:
+    then = """import time
+before, since = time.time(), time.monotonic()
+hooks.point('forward')
+shown = time.mktime(time.gmtime()) - time.mktime(time.gmtime(before))
+print(time.time() - before, time.monotonic() - since, shown)"""
+    answer = child(f"clock:shift={shift}", then).communicate(timeout=10)[0].split(b"\n")[0]
+    assert [float(word) for word in answer.split()] == [pytest.approx(each, abs=1.1) for each in (shift, 0, shift)]
+
+
 def test_the_program_exits() -> None:
     with pytest.raises(SystemExit) as caught:
         injector("exit:code=3").point("update")
