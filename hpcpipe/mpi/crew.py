@@ -79,14 +79,19 @@ class Crew:
         """Return whether some process has revoked the communicator; a look that costs nothing."""
         return self.can_recover and bool(self.comm.Is_revoked())
 
-    def num_dead(self) -> int:
-        """Return how many processes are known to have died since the last `shrink`."""
+    def dead(self) -> list[int]:
+        """Return the processes that are known to have died since the last `shrink`, without waiting for news."""
         if not self.can_recover:
-            return 0
-        group = self.comm.Get_failed()
-        count = int(group.Get_size())
-        group.Free()
-        return count
+            return []
+        failed = self.comm.Get_failed()
+        count = int(failed.Get_size())
+        ranks: list[int] = []
+        if count:
+            everyone = self.comm.Get_group()
+            ranks = [int(rank) for rank in failed.Translate_ranks(range(count), everyone)]
+            everyone.Free()
+        failed.Free()
+        return ranks
 
     def agree(self, flag: bool) -> bool:
         """Return whether all live processes said yes, on all of them alike; no if one has died.

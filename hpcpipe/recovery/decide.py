@@ -90,9 +90,7 @@ def decide(
         if one.failed:
             return Decision(one.failed, rank)
     working = [rank for rank, one in enumerate(standings) if not one.is_spare]
-    if not working:
-        return Decision(ExitCode.STOPPED, reason="every rank that trained is gone")
-    if all(standings[rank].finished for rank in working):
+    if working and all(standings[rank].finished for rank in working):
         return Decision(standings[working[0]].finished - 1, working[0])
     if level > 1:
         return Decision(ExitCode.STOPPED, reason="ranks keep failing before a step is done, also from the checkpoint")
@@ -108,7 +106,7 @@ def decide(
     rewind = max(one.rewind for one in standings)
     step = NOTHING
     holders: dict[int, Holder] = {}
-    if level == 0 and rewind == NOTHING and all(standings[rank].is_ready for rank in working):
+    if level == 0 and rewind == NOTHING and all(one.is_ready for one in standings if not one.is_spare):
         step, holders = newest(standings, pipeline * data)
     return Decision(None, NOTHING, "", *degrees, roles, step, rewind, holders)
 

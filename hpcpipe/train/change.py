@@ -55,6 +55,7 @@ class Change:
         member.at_most = self.decision.at_most
         member.note_target(self.decision.step)
         member.epoch += 1
+        member.dead_spares = set()
         member.story = self.story
 
 

@@ -1,9 +1,9 @@
 """An epoch: what runs between two recoveries. Whatever knows a communicator is built here, and given up at its end."""
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
+from hpcpipe.cluster.holder import fence_of
 from hpcpipe.cluster.processor import memory
 from hpcpipe.cluster.slurm import AllocationEnd
 from hpcpipe.config.interval import parse_interval
@@ -33,6 +33,8 @@ from hpcpipe.train.session import Session
 from hpcpipe.train.setup import SETUP_TIMEOUT_S, leave_if_asked, require_own_memory
 from hpcpipe.train.state import State, build_state
 from hpcpipe.train.step import Trainer
+from hpcpipe.watch.layout import Phase
+from hpcpipe.train.surroundings import surroundings_of
 
 
 def run_epoch(member: Member) -> ExitCode:
@@ -50,6 +52,7 @@ def run_epoch(member: Member) -> ExitCode:
     waiter.background, waiter.timeout_s = [], SETUP_TIMEOUT_S
     _watch_for_stop(session, member)
     if member.state is None:
+        session.beacon.phase(Phase.SETUP)
         found = find_start(session, member.resume, member.at_most)
         done = 0 if found is None else found[1].step
         if done >= session.config.train.steps:
@@ -84,19 +87,29 @@ def _train(member: Member, session: Session, state: State, plan: Plan | None) ->
     batches = TrainingBatches(
         member.samples, config.parallel.microbatches, local, config.parallel.microbatch_size, config.model.context
     )
-    trainer = Trainer(state, session.schedule, grid, waiter, batches, session.mode)
+    surroundings = surroundings_of(session, state.step, recovers=member.crew.can_recover)
+    trainer = Trainer(state, session.schedule, grid, waiter, batches, session.mode, surroundings)
     evaluator = None
     if member.held_out.num_samples:
         evaluator = Evaluator(state, grid, waiter, member.held_out, session.mode, trainer.memory)
     checkpoints = _make_checkpoints(session, state, member)
-    copy = _keep_copies(member, session, state, trainer)
+    copies = _keep_copies(member, session, state, trainer)
     if plan is not None:
         needed = require_own_memory(session, config)
         session.console.say(f"memory: {describe_allocated(grid, waiter, needed)}; {huge_pages()}")
     assert member.outline is not None
-    loop = Loop(session, state, trainer, evaluator, member.stop, checkpoints, member.outline.peak_flops, copy)
+
+    def after_step(step: int) -> None:
+        if copies is not None:
+            copies.begin(step)
+        _look_for_dead_spares(member, session)
+
+    loop = Loop(session, state, trainer, evaluator, member.stop, checkpoints, member.outline.peak_flops, after_step)
     leave_if_asked(session, member.stop, state.step)
     waiter.timeout_s = config.parallel.timeout_s
+    lock = session.directory.lock
+    session.beacon.publish(session.directory.path, lock, fence_of(lock))
+    session.beacon.expect(plan.predicted.step_s if plan is not None else 0.0)
     _tell_story(member, session, state)
     evaluation = loop.run()
     trainer.before_update()
@@ -168,11 +181,25 @@ def _build(member: Member, session: Session) -> State:
     return build_state(session.config, session.schedule.stage_to_rank, grid.stage_rank, grid.replica, session.team)
 
 
-def _keep_copies(member: Member, session: Session, state: State, trainer: Trainer) -> Callable[[int], None]:
-    """Keep copies of the state, if that is asked for; return what begins one after a step."""
+def _look_for_dead_spares(member: Member, session: Session) -> None:
+    """Say so when a spare has died; nothing else needs it now."""
+    if not session.is_root or not member.spares():
+        return
+    dead = set(member.crew.dead()).intersection(member.spares()) - member.dead_spares
+    if dead:
+        member.dead_spares |= dead
+        left = len(member.spares()) - len(member.dead_spares)
+        numbers = [member.processes[rank] for rank in sorted(dead)]
+        session.events.add("spare lost", processes_lost=numbers, spares=left)
+        who = " and ".join(f"process {number}" for number in numbers)
+        session.console.say(f"warning: spare {who} died; {left or 'no'} spares are left")
+
+
+def _keep_copies(member: Member, session: Session, state: State, trainer: Trainer) -> Copies | None:
+    """Keep copies of the state, if that is asked for."""
     grid, every = session.grid, session.config.recovery.copy_every
     if not every or grid.comm.size == 1:
-        return lambda step: None
+        return None
     role, degrees = grid.comm.rank, (grid.pipeline, grid.data)
     kept = kept_by(role, *degrees)
     copies = member.copies
@@ -184,7 +211,7 @@ def _keep_copies(member: Member, session: Session, state: State, trainer: Traine
     copies.take(state.step)
     session.waiter.background.append(copies.advance)
     trainer.before_update = copies.finish
-    return copies.begin
+    return copies
 
 
 def _make_checkpoints(session: Session, state: State, member: Member) -> Checkpoints:

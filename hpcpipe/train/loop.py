@@ -17,6 +17,7 @@ from hpcpipe.train.session import Session
 from hpcpipe.train.state import State
 from hpcpipe.train.step import StepResult, Trainer
 from hpcpipe.train.stop import StopRequest
+from hpcpipe.watch.layout import Phase
 
 
 class Loop:
@@ -38,8 +39,8 @@ class Loop:
         Takes checkpoints of the state.
     peak_flops : float
         What MFU is measured against.
-    copy : callable
-        Begins to copy the state of a finished step.
+    after_step : callable
+        Called with each step that is finished, before its figures are written.
 
     Attributes
     ----------
@@ -56,7 +57,7 @@ class Loop:
         stop: StopRequest,
         checkpoints: Checkpoints,
         peak_flops: float,
-        copy: Callable[[int], None],
+        after_step: Callable[[int], None],
     ) -> None:
         self._session = session
         self._state = state
@@ -64,7 +65,7 @@ class Loop:
         self._evaluator = evaluator
         self._stop = stop
         self._checkpoints = checkpoints
-        self._copy = copy
+        self._after_step = after_step
         self._metrics = session.metrics
         samples = session.config.parallel.microbatches * session.config.parallel.microbatch_size
         self._peak_flops_per_step = training_flops_per_sample(state.model) * samples / peak_flops
@@ -85,14 +86,16 @@ class Loop:
         StoppedError
             On every rank, after the checkpoint, if one of them was asked to stop.
         """
-        config, state = self._session.config, self._state
+        config, state, beacon = self._session.config, self._state, self._session.beacon
         self._session.console.start(config.train.steps, state.step)
         try:
+            beacon.phase(Phase.TRAIN)
             self._catch_up()
             for step in range(state.step + 1, config.train.steps + 1):
+                beacon.step(step)
                 self._stop.look(step, self.steps_s[-1] if self.steps_s else 0.0, self._checkpoints.commit_s)
                 result = self._trainer.run(step, self._notes)
-                self._copy(step)
+                self._after_step(step)
                 self._record(step, result)
                 self._checkpoints.after_step(result.step_s, result.heard.answers)
                 is_last = step == config.train.steps
@@ -102,9 +105,12 @@ class Loop:
                 if is_last or _is_due(step, config.train.eval_every):
                     self._evaluate()
                 if is_last:
-                    self._checkpoints.finish(self._facts(), save=True, read_back=True)
+                    with beacon.during(Phase.CHECKPOINT):
+                        self._checkpoints.finish(self._facts(), save=True, read_back=True)
                 elif self._checkpoints.is_due(step, result.heard.due):
-                    self._checkpoints.take(self._facts())
+                    with beacon.during(Phase.CHECKPOINT):
+                        self._checkpoints.take(self._facts())
+            beacon.phase(Phase.FINISH)
         finally:
             self._session.console.stop()
         return self._evaluation
@@ -133,8 +139,8 @@ class Loop:
             return
         row = {
             "step": step,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
+            "loss": _finite(result.loss),
+            "grad_norm": _finite(result.grad_norm),
             "learning_rate": result.learning_rate,
             "tokens": step * self._state.tokens_per_step,
             "step_s": result.step_s,
@@ -142,6 +148,8 @@ class Loop:
             "mfu": self._peak_flops_per_step / result.step_s,
             "bubble": result.bubble,
         }
+        if result.is_skipped:
+            row["skipped"] = True
         self._metrics.add(row)
         self._session.console.step(row)
 
@@ -149,7 +157,8 @@ class Loop:
         if self._evaluator is None:
             return
         hooks.point("evaluate")
-        evaluation = self._evaluation = self._evaluator.run()
+        with self._session.beacon.during(Phase.EVALUATE):
+            evaluation = self._evaluation = self._evaluator.run()
         self._evaluated_step = self._state.step
         if not math.isfinite(evaluation.val_loss):
             error = NumericsError(
@@ -168,13 +177,20 @@ class Loop:
 
     def _end_early(self) -> None:
         session, step = self._session, self._state.step
+        session.beacon.phase(Phase.CHECKPOINT)
         self._checkpoints.finish(self._facts(), save=session.config.checkpoint.on_signal, read_back=False)
+        session.beacon.phase(Phase.FINISH)
         self._stop.conclude()
         advice = f"; the last checkpoint is of step {self._checkpoints.step}: run the same command again"
         error = self._stop.error(f"after step {step}", advice)
         cause = str(error).removesuffix(advice)
         session.events.add("stopped", step=step, exit_code=int(ExitCode.STOPPED), cause=cause, by=error.by)
         raise error
+
+
+def _finite(value: float) -> float | None:
+    """Return a number as it stands in the metrics, where NaN and infinity have no place."""
+    return value if math.isfinite(value) else None
 
 
 def _is_due(step: int, every: int) -> bool:

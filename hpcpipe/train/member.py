@@ -1,6 +1,6 @@
 """What a process keeps of a run while ranks come and go around it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hpcpipe.config.schema import Config
@@ -61,6 +61,8 @@ class Member:
         The run directory's, likewise.
     attempts, reloads : int
         Recoveries since a step was last finished; recoveries from the disk.
+    dead_spares : set of int
+        Live processes of this epoch that have turned out to be dead.
     story : dict or None
         What the last recovery was about, until it is told.
     """
@@ -85,6 +87,7 @@ class Member:
     lock: RunLock | None = None
     attempts: int = 0
     reloads: int = 0
+    dead_spares: set[int] = field(default_factory=set)
     story: dict[str, Any] | None = None
     _last_step: int = NOTHING
 

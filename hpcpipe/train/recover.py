@@ -24,6 +24,7 @@ from hpcpipe.train.epoch import run_epoch
 from hpcpipe.train.member import Member
 from hpcpipe.train.outline import Outline
 from hpcpipe.train.spare import wait_as_spare
+from hpcpipe.watch.layout import Phase
 
 
 @dataclass
@@ -74,6 +75,7 @@ def live(member: Member) -> ExitCode:
     if not crew.can_recover:
         return run_epoch(member) if member.grid is not None else wait_as_spare(member)
     while True:
+        member.base.beacon.epoch(member.epoch)
         end = _attempt(member)
         if member.role == 0 and end.code is not None and end.is_over:
             crew.tell(member.spares(), bytes([end.code]))
@@ -108,6 +110,7 @@ def _attempt(member: Member) -> End:
 def _recover(member: Member, end: End) -> End:
     """Carry out the sequence until it has worked on everybody; return an end with a code if all are to leave."""
     while True:
+        member.base.beacon.phase(Phase.RECOVER)
         change: Change | None = None
         is_done = True
         try:
@@ -131,11 +134,12 @@ def _meet(member: Member, end: End) -> tuple[End | None, Change | None]:
     crew, parallel = member.crew, member.config.parallel
     crew.shrink()
     standings = [Standing.from_row(row) for row in crew.exchange(_standing(member, end).to_row())]
-    working = [rank for rank, one in enumerate(standings) if not one.is_spare]
-    is_planned = bool(working) and all(standings[rank].is_ready for rank in working)
+    everyone = range(len(standings))
+    knowing = [rank for rank in everyone if not standings[rank].is_spare] or list(everyone)
+    is_planned = all(standings[rank].is_ready for rank in knowing)
     if is_planned and not all(one.is_ready for one in standings):
-        content = member.outline.to_bytes() if member.outline and crew.rank == working[0] else None
-        member.outline = Outline.from_bytes(crew.hear(content, working[0]))
+        content = member.outline.to_bytes() if member.outline and crew.rank == knowing[0] else None
+        member.outline = Outline.from_bytes(crew.hear(content, knowing[0]))
     outline = member.outline if is_planned else None
     fewer: list[Outline | None] = []
 
