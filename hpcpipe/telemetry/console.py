@@ -76,15 +76,17 @@ class Console:
     def step(self, row: dict[str, Any]) -> None:
         """Show a step."""
         if self._progress is not None:
-            numbers = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  bubble {row['bubble']:.0%}"
+            numbers = (
+                f"loss {_number(row['loss'], '.4f')}  {row['tokens_per_s']:,.0f} tokens/s  bubble {row['bubble']:.0%}"
+            )
             with _unless_lost():
                 self._progress.update(self._task, completed=row["step"], numbers=numbers)
             return
         self._mean_step_s += (row["step_s"] - self._mean_step_s) * (_SMOOTHING if self._mean_step_s else 1.0)
         left_s = (self._steps - row["step"]) * self._mean_step_s
         self.say(
-            f"step {row['step']:>{len(str(self._steps))}}/{self._steps}  loss {row['loss']:.4f}"
-            f"  grad norm {row['grad_norm']:.3f}  learning rate {row['learning_rate']:.2e}"
+            f"step {row['step']:>{len(str(self._steps))}}/{self._steps}  loss {_number(row['loss'], '.4f')}"
+            f"  grad norm {_number(row['grad_norm'], '.3f')}  learning rate {row['learning_rate']:.2e}"
             f"  {row['tokens_per_s']:,.0f} tokens/s  MFU {row['mfu']:.0%}  bubble {row['bubble']:.0%}"
             f"  left {int(left_s) // 60}:{int(left_s) % 60:02d}"
         )
@@ -95,6 +97,11 @@ class Console:
             with _unless_lost():
                 self._progress.stop()
             self._progress = None
+
+
+def _number(value: float | None, form: str) -> str:
+    """Show a number that was not finite where it is missing."""
+    return "not finite" if value is None else format(value, form)
 
 
 class _Rich(RichConsole):

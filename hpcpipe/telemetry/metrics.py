@@ -36,6 +36,10 @@ class MetricsLog:
         self._guard()
         append_line(self._path, row)
 
+    def read(self) -> list[dict[str, Any]]:
+        """Return the rows of steps and evaluations so far, of earlier starts too."""
+        return _steps(self._path)
+
     def lacks_evaluation(self, step: int) -> bool:
         """Return whether there is a row of a step, and none of an evaluation after it."""
         rows = [row for row in _steps(self._path) if row["step"] == step]

@@ -68,17 +68,15 @@ def history_from(rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str
     return History(tuple(steps[-2 * WINDOW :]), num_skipped, tuple(rewound))
 
 
-def share_history(grid: Grid, waiter: Waiter, history: History | None) -> History:
-    """Give every rank what rank 0 knows, which the others need not; all ranks call it.
+def share_history(grid: Grid, waiter: Waiter, history: History) -> History:
+    """Give every rank what rank 0 knows; all ranks call it.
 
     Raises
     ------
     RankError
         If rank 0 does not answer in time.
     """
-    content = json.dumps(asdict(history)).encode() if history is not None and grid.comm.rank == 0 else b"{}"
-    found = json.loads(broadcast_bytes(grid.comm, waiter, content if grid.comm.rank == 0 else None, 0))
-    if not found:
-        return NO_HISTORY
+    content = json.dumps(asdict(history)).encode() if grid.comm.rank == 0 else None
+    found = json.loads(broadcast_bytes(grid.comm, waiter, content, 0))
     steps = tuple((loss, norm) for loss, norm in found["steps"])
     return History(steps, found["num_skipped"], tuple(found["rewound"]))
