@@ -33,8 +33,8 @@ from hpcpipe.train.session import Session
 from hpcpipe.train.setup import SETUP_TIMEOUT_S, leave_if_asked, require_own_memory
 from hpcpipe.train.state import State, build_state
 from hpcpipe.train.step import Trainer
-from hpcpipe.watch.layout import Phase
 from hpcpipe.train.surroundings import surroundings_of
+from hpcpipe.watch.layout import Phase
 
 
 def run_epoch(member: Member) -> ExitCode:
@@ -109,7 +109,7 @@ def _train(member: Member, session: Session, state: State, plan: Plan | None) ->
     waiter.timeout_s = config.parallel.timeout_s
     lock = session.directory.lock
     session.beacon.publish(session.directory.path, lock, fence_of(lock))
-    session.beacon.expect(plan.predicted.step_s if plan is not None else 0.0)
+    session.beacon.expect(plan.candidate.prediction.step_s if plan is not None else 0.0)
     _tell_story(member, session, state)
     evaluation = loop.run()
     trainer.before_update()

@@ -1,7 +1,9 @@
 """A training run from start to end, on every process that was started for it."""
 
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +37,8 @@ from hpcpipe.train.session import Session
 from hpcpipe.train.setup import agree_on_setup, compile_kernels, leave_if_asked
 from hpcpipe.train.spare import be_ready_to_wake
 from hpcpipe.train.stop import StopRequest
+from hpcpipe.watch.beacon import NoBeacon
+from hpcpipe.watch.start import attach
 
 
 def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
@@ -58,14 +62,17 @@ def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
         Also written to ``status.json``.
     """
     be_ready_to_wake()
-    # A process that is started before MPI cannot disturb it.
+    # Processes that are started before MPI cannot disturb it.
     writer = WriterMemory()
+    place = run_directory(config_path, overrides)
+    beacon = attach(place, _tell)
     world = runtime.start()
     code = ExitCode.DONE
-    with leaving_together(world, run_directory(config_path, overrides)) as outcome:
-        code = _train(world, config_path, overrides, resume, writer, outcome)
-    writer.close()
+    with leaving_together(world, place) as outcome:
+        code = _train(world, config_path, overrides, resume, writer, outcome, beacon)
     code = outcome.code or code
+    beacon.close(has_failed=code not in (ExitCode.DONE, ExitCode.STOPPED))
+    writer.close()
     if outcome.crew is not None and outcome.crew.has_changed:
         runtime.leave(outcome.crew.comm, code)
     runtime.stop(world)
@@ -73,11 +80,19 @@ def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
 
 
 def _train(
-    world: World, config_path: Path, overrides: Sequence[str], resume: str, writer: WriterMemory, outcome: Outcome
+    world: World,
+    config_path: Path,
+    overrides: Sequence[str],
+    resume: str,
+    writer: WriterMemory,
+    outcome: Outcome,
+    beacon: NoBeacon,
 ) -> ExitCode:
     stop = StopRequest()
     setup = agree_on_setup(world, config_path, overrides)
     config, waiter, binding = setup.config, setup.waiter, setup.binding
+    waiter.watch = beacon
+    beacon.configure(config.recovery.hang_s)
     directory = RunDirectory.of(config.run)
     console = Console(config.telemetry.console if world.rank == 0 else "quiet")
     lock = RunLock(directory.lock, say=console.say)
@@ -104,9 +119,11 @@ def _train(
             setup.mode,
             console,
             events,
+            beacon=beacon,
         )
         if world.rank == 0:
             base.lock = lock
+            beacon.publish(directory.path, directory.lock, lock.fence)
         events.add(
             "started",
             hpcpipe=hpcpipe.__version__,
@@ -126,6 +143,13 @@ def _train(
         held = member.lock if member is not None else lock if world.rank == 0 else None
         if held is not None:
             held.release()
+
+
+def _tell(text: str) -> None:
+    """Say something before anybody knows whether the console is to be quiet."""
+    with suppress(OSError, ValueError):
+        sys.stderr.write(f"hpcpipe: {text}\n")
+        sys.stderr.flush()
 
 
 def _warn(base: Session, world: World, families: tuple[str, ...]) -> None:

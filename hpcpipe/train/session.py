@@ -1,6 +1,6 @@
 """What every part of a run shares: its place, its files, its voice."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcpipe.cluster.binding import Binding
@@ -21,6 +21,7 @@ from hpcpipe.telemetry.status import write_status
 from hpcpipe.train.choose import AUTO, PLAIN
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.lock import RunLock
+from hpcpipe.watch.beacon import NoBeacon
 
 
 @dataclass
@@ -55,6 +56,8 @@ class Session:
         The run directory's, on rank 0, which writes nothing without it; None where there is no run directory.
     start_step : int or None
         Step that this start goes on from, once that is known and the metrics of later steps are gone.
+    beacon : NoBeacon
+        Shows what this rank does, for the supervisor of its node.
     """
 
     config: Config
@@ -71,6 +74,7 @@ class Session:
     events: EventLog
     lock: RunLock | None = None
     start_step: int | None = None
+    beacon: NoBeacon = field(default_factory=NoBeacon)
 
     @property
     def share_of_core(self) -> float:

@@ -7,6 +7,7 @@ from hpcpipe.errors import ExitCode, Interruption
 from hpcpipe.mpi.crew import CommunicationError
 from hpcpipe.train.member import Member
 from hpcpipe.train.outline import Outline
+from hpcpipe.watch.layout import Phase
 
 _LOOK_S = 0.1
 WAKE = signal.SIGURG
@@ -26,8 +27,10 @@ def wait_as_spare(member: Member) -> ExitCode:
     Interruption
         The ranks meet, because one of them has died.
     """
-    crew = member.crew
+    crew, beacon = member.crew, member.base.beacon
+    beacon.phase(Phase.SPARE)
     while True:
+        beacon.nap("ALL", None, -1, -1, lambda: "a rank's place")
         if crew.is_revoked():
             raise Interruption("the ranks meet")
         try:

@@ -8,7 +8,7 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from hpcpipe.cluster.holder import process_start
@@ -64,6 +64,13 @@ class NoBeacon:
 
     def phase(self, phase: Phase) -> None:
         """Say what this rank is busy with from now on."""
+
+    @contextlib.contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Say what this rank is busy with while a block runs; then it trains on."""
+        self.phase(phase)
+        yield
+        self.phase(Phase.TRAIN)
 
     def step(self, step: int) -> None:
         """Say that a step begins."""
