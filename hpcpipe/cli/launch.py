@@ -168,11 +168,10 @@ def launch(
     from hpcpipe.cluster import fault_tolerance, launcher
     from hpcpipe.cluster.supervise import new_launch_id, supervise
 
-    mpirun = launcher.find_mpirun()
+    mpirun, machine = launcher.find_mpirun(), launcher.this_machine()
     launch_id = new_launch_id()
     environ = launcher.rank_environment(launch_id, _terminal(), num_spares=num_spares)
     num_started = num_ranks + num_spares
-    machine = launcher.this_machine()
     num_here = num_started if launcher.is_one_node(machine, mpirun_args) else None
     wanted = "on" if num_spares else recovery
     why_not = fault_tolerance.why_not(mpirun, num_started, num_here is not None, wanted, mpirun_args, environ)

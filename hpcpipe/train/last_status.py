@@ -54,3 +54,24 @@ def write_last_status(
             stopped_by=error.by if isinstance(error, StoppedError) else "",
             launch_id=launch_id,
         )
+
+
+def has_last_word(directory: Path | None, since_s: float) -> bool:
+    """Return whether a process of this launch has said in ``status.json`` why the run ended.
+
+    Parameters
+    ----------
+    directory : Path or None
+        The run directory; None if the configuration does not say.
+    since_s : float
+        When this process began, by `time.time`; counts where the launch has no name.
+    """
+    if directory is None:
+        return False
+    launch_id = os.environ.get(LAUNCH_ID, "")
+    with contextlib.suppress(OSError):
+        status = read_status(directory)
+        for word in (status, status.get("later_start") or {}):
+            if word.get("exit_code") is not None and word.get("launch_id") == launch_id:
+                return bool(launch_id) or (directory / "status.json").stat().st_mtime >= since_s
+    return False
