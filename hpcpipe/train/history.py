@@ -53,7 +53,7 @@ def history_from(rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str
     for row in rows:
         if "loss" not in row or row["step"] > step:
             continue
-        if row["loss"] is None:
+        if row["loss"] is None or row["grad_norm"] is None:
             num_skipped += 1
         else:
             num_skipped = 0
