@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import cache
 from typing import cast
 
 import numpy as np
@@ -27,8 +28,21 @@ _TOLD = 1
 
 
 def has_fault_tolerance() -> bool:
-    """Return whether the launcher has switched MPI's fault tolerance on."""
-    return os.environ.get(FAULT_TOLERANCE) == "1"
+    """Return whether the launcher has switched MPI's fault tolerance on, and this library has it; MPI must be up."""
+    return os.environ.get(FAULT_TOLERANCE) == "1" and _can_revoke()
+
+
+@cache
+def _can_revoke() -> bool:
+    """Try to revoke a communicator: mpi4py has the names also where the library has nothing behind them."""
+    own = MPI.COMM_SELF.Dup()
+    try:
+        own.Revoke()
+        return bool(own.Is_revoked())
+    except (MPI.Exception, NotImplementedError):
+        return False
+    finally:
+        own.Free()
 
 
 class Crew:
