@@ -75,7 +75,7 @@ def live(member: Member) -> ExitCode:
     if not crew.can_recover:
         return run_epoch(member) if member.grid is not None else wait_as_spare(member)
     while True:
-        member.base.beacon.epoch(member.epoch)
+        member.base.beacon.epoch(member.epoch, member.role)
         end = _attempt(member)
         if member.role == 0 and end.code is not None and end.is_over:
             crew.tell(member.spares(), bytes([end.code]))

@@ -24,6 +24,7 @@ from hpcpipe.watch.layout import (
     RECORD,
     RECORD_BYTES,
     RING_RECORDS,
+    ROLE_AT,
     SLOT_HEADER_BYTES,
     STATE,
     STATE_AT,
@@ -75,8 +76,8 @@ class NoBeacon:
     def step(self, step: int) -> None:
         """Say that a step begins."""
 
-    def epoch(self, epoch: int) -> None:
-        """Say how many recoveries there were."""
+    def epoch(self, epoch: int, role: int) -> None:
+        """Say how many recoveries there were, and which rank this process is now; -1: a spare."""
 
     def begin(self, kind: str, stage: int, microbatch: int) -> None:
         """Say that an action begins."""
@@ -200,9 +201,10 @@ class Beacon(NoBeacon):
         if now > self._next_look:
             self._look(now)
 
-    def epoch(self, epoch: int) -> None:
-        """Say how many recoveries there were; a request for the one that is over is dropped."""
+    def epoch(self, epoch: int, role: int) -> None:
+        """Say how many recoveries there were, and which rank this process is now; drop requests that are fulfilled."""
         self._epoch = epoch
+        struct.pack_into("<q", self._slot, ROLE_AT, role + 1)
         if self._command[0] & 0xFF == Command.RESET:
             self._heard = self._command[0]
 

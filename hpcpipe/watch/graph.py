@@ -41,7 +41,7 @@ def describe_deadlock(ranks: Sequence[Rank], rings: Rings) -> list[str]:
     lines = [describe_rank(rank) for rank in active]
     cycle = find_cycle(active)
     if cycle:
-        lines.append(f"cycle: {' -> '.join(f'rank {process}' for process in [*cycle, cycle[0]])}")
+        lines.append(f"cycle: process {' -> '.join(map(str, [*cycle, cycle[0]]))}")
     lines += find_mismatches(active, rings)
     return lines
 
@@ -50,13 +50,14 @@ def describe_rank(rank: Rank) -> str:
     """Say what a rank does, and for whom it waits."""
     state = rank.state
     if not state.wait:
-        return f"rank {rank.process}: {rank.place}: computes, no event for {rank.quiet_s:.1f} s"
-    text = f"rank {rank.process}: {rank.place}: has waited {rank.quiet_s:.1f} s for "
+        return f"{rank.name}, {rank.place}, computes, for {rank.quiet_s:.1f} s"
+    since = f", for {rank.quiet_s:.1f} s"
+    text = f"{rank.name}, {rank.place}, waits for "
     if state.peer < 0:
-        return text + (rank.waits_for or "all ranks")
-    ends = f"rank {state.peer}" + (f", tag {state.tag}" if state.tag >= 0 else "")
+        return text + (rank.waits_for or "all ranks") + since
+    ends = f"process {state.peer}" + (f", tag {state.tag}" if state.tag >= 0 else "")
     message = name_action(state.wait, state.wait_stage, state.wait_microbatch)
-    return text + (f"{ends} to take {message}" if state.wait.startswith("SEND") else f"{message} from {ends}")
+    return text + (f"{ends} to take {message}" if state.wait.startswith("SEND") else f"{message} from {ends}") + since
 
 
 def find_cycle(ranks: Sequence[Rank]) -> list[int]:
@@ -82,16 +83,14 @@ def find_mismatches(ranks: Sequence[Rank], rings: Rings) -> list[str]:
         if any(record.tag == state.tag for record in sent):
             continue
         message = name_action(state.wait, state.wait_stage, state.wait_microbatch)
-        text = f"rank {state.peer} has sent rank {rank.process} nothing with tag {state.tag} in step {state.step}"
+        text = f"process {state.peer} has sent process {rank.process} nothing with tag {state.tag} in step {state.step}"
         orphans = [record for record in sent if record.tag not in {other.tag for other in received}]
         if orphans:
             name = name_action(orphans[0].kind, orphans[0].stage, orphans[0].microbatch)
-            text += (
-                f"; it has sent {name} with tag {orphans[0].tag}, for which rank {rank.process} has posted no receive"
-            )
+            text += f"; it has sent {name} with tag {orphans[0].tag}, which process {rank.process} does not receive"
         usual = _earlier_tag(own, state.wait, state.wait_stage, state.wait_microbatch, state.step)
         if usual not in (None, state.tag):
-            text += f"; rank {rank.process} is at fault: it posted {message} with tag {usual} in the step before"
+            text += f"; process {rank.process} is at fault: it posted {message} with tag {usual} in the step before"
         lines.append(text)
     return lines
 

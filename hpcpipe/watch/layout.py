@@ -46,6 +46,9 @@ ALIVE_AT = 192
 COMMAND_AT = 256
 """What the supervisor asks for, ``serial << 8 | Command``; the words are in the slot's second page."""
 
+ROLE_AT = 264
+"""The rank that the process is in the grid, plus 1; 0 for a spare."""
+
 WAIT_TEXT_AT = 512
 WAIT_TEXT_BYTES = 256
 """What the rank waits for, in words; written once a wait is long."""

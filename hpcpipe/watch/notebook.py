@@ -16,7 +16,7 @@ from hpcpipe.watch.graph import at_fault, describe_deadlock, signature
 from hpcpipe.watch.layout import Command, Identity, Record
 from hpcpipe.watch.memory import MemoryFile
 from hpcpipe.watch.process import MODE_WORDS
-from hpcpipe.watch.verdict import Rank
+from hpcpipe.watch.verdict import Rank, name_action
 
 TRIES = 3
 """Equal deadlocks before the run is ended."""
@@ -144,17 +144,18 @@ class Notebook:
     def straggled(self, rank: Rank, seconds: float, mode: str) -> None:
         """Record that a rank was still for long, and moves again."""
         why = MODE_WORDS.get(mode, "")
-        self._event("straggler", **{**_facts(rank), "seconds": round(seconds, 3), "why": why})
-        self._memory.add_note(
-            f"straggler: rank {rank.process} was still for {seconds:.1f} s{f', {why}' if why else ''}, and goes on"
-        )
+        cause = f"{rank.name} was still for {seconds:.1f} s{f', {why}' if why else ''}"
+        self._event("straggler", cause=cause, **{**_facts(rank), "seconds": round(seconds, 3), "why": why})
+        self._memory.add_note(f"straggler: {cause}, and goes on")
 
     def lost(self, ranks: Sequence[Rank], flights: Mapping[int, bytes]) -> None:
         """Keep the flight recorders after deaths."""
         name = self.new_name()
         for rank in ranks:
-            self._event("rank lost", **_facts(rank), flight=f"flight/{name}")
-        text = "; ".join(f"rank {rank.process} died: {rank.place}" for rank in ranks)
+            self._event(
+                "process lost", cause=f"{rank.name} died: {rank.place}", **_facts(rank), flight=f"flight/{name}"
+            )
+        text = "; ".join(f"{rank.name} died: {rank.place}" for rank in ranks)
         self._keep(name, flights, {}, {"what": "death", "text": text, "ranks": _numbers(ranks)})
 
     def failed(self, ranks: Sequence[Rank], flights: Mapping[int, bytes]) -> None:
@@ -206,10 +207,11 @@ def _facts(rank: Rank) -> dict[str, Any]:
     state = rank.state
     still_s = rank.silent_s if state.wait else rank.quiet_s
     return {
-        "rank": rank.process,
+        "process": rank.process,
+        "rank": rank.role if rank.role >= 0 else None,
         "step": state.step,
         "phase": state.phase.name.lower(),
-        "action": state.kind or None,
+        "doing": name_action(state.kind, state.stage, state.microbatch) or None,
         "stage": state.stage if state.stage >= 0 else None,
         "microbatch": state.microbatch if state.microbatch >= 0 else None,
         "seconds": round(still_s, 3),
@@ -219,7 +221,7 @@ def _facts(rank: Rank) -> dict[str, Any]:
 def _describe_culprit(rank: Rank) -> str:
     still_s = rank.silent_s if rank.state.wait else rank.quiet_s
     why = MODE_WORDS.get(rank.mode, "waits, but gives no sign of life" if rank.state.wait else "computes")
-    return f"rank {rank.process} has not moved for {still_s:.1f} s: {rank.place}: {why}"
+    return f"{rank.name} has not moved for {still_s:.1f} s: {rank.place}: {why}"
 
 
 def _numbers(ranks: Sequence[Rank]) -> list[int]:

@@ -19,6 +19,7 @@ from hpcpipe.watch.layout import (
     COMMAND_AT,
     IDENTITY_AT,
     OVER,
+    ROLE_AT,
     SLOT_HEADER_BYTES,
     TEXT_AT,
     TEXT_BYTES,
@@ -119,8 +120,9 @@ class Seat:
         if self.state is None:
             return None
         text = read_text(self.slot, WAIT_TEXT_AT, WAIT_TEXT_BYTES)
-        number = self.identity.process
-        return Rank(number, self.state, self.quiet_s, self.silent_s, self.process.mode() if self.process else "", text)
+        (role,) = struct.unpack_from("<q", self.slot, ROLE_AT)
+        mode = self.process.mode() if self.process else ""
+        return Rank(self.identity.process, self.state, self.quiet_s, self.silent_s, role - 1, mode, text)
 
     def records(self) -> list[Record]:
         """Return what is in the flight recorder."""

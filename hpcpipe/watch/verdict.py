@@ -24,6 +24,8 @@ class Rank:
         Seconds since its last event, as far as the supervisor itself got to run.
     silent_s : float
         The same since its last event or sign of life.
+    role : int
+        The rank that it is in the grid; -1: a spare, or not known.
     mode : str
         State of the process, a letter as in proc(5).
     waits_for : str
@@ -34,8 +36,14 @@ class Rank:
     state: State
     quiet_s: float
     silent_s: float
+    role: int = -1
     mode: str = "S"
     waits_for: str = ""
+
+    @property
+    def name(self) -> str:
+        """Which process it is, and which rank."""
+        return f"process {self.process}" + (f" (rank {self.role})" if self.role >= 0 else "")
 
     @property
     def limit_s(self) -> float:

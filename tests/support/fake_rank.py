@@ -46,7 +46,7 @@ def wait(beacon: NoBeacon, process: int, peer: int, tag: int, usual: int) -> Non
         except Interruption as interruption:
             print(f"reset {attempt}: {interruption}", flush=True)
             beacon.phase(Phase.RECOVER)
-            beacon.epoch(attempt)
+            beacon.epoch(attempt, process)
             beacon.phase(Phase.TRAIN)
 
 
@@ -59,6 +59,7 @@ def main() -> int:
     if hint[0] == 0:
         (directory / "lock.json").write_text('{"fence": "ours"}')
         beacon.publish(directory, directory / "lock.json", "ours")
+    beacon.epoch(0, hint[0])
     beacon.phase(Phase.TRAIN)
     name, *numbers = role.split(":")
     work(beacon, 1, 7)

@@ -109,7 +109,7 @@ def test_a_rank_that_spins_with_the_lock_held_is_killed_alone(ranks, tmp_path):
     assert "in main" in stacks[0].read_text() and "fake_rank.py" in stacks[0].read_text()
     # One of the others prints it.
     run.processes[0].kill()
-    assert "hang: rank 1 has not moved" in run.processes[0].communicate()[1]
+    assert "hang: process 1 (rank 1) has not moved" in run.processes[0].communicate()[1]
 
 
 def test_a_suspended_rank_is_killed_and_one_that_was_only_held_up_is_not(ranks, tmp_path):
@@ -149,8 +149,8 @@ def test_ranks_that_wait_for_each_other_recover_twice_and_then_give_up(ranks, tm
     assert [event["count"] for event in events] == [1, 2, 3]
     for out, _ in told:
         assert out.count("reset ") == 2 and "gave up: " in out
-        assert "cycle: rank 0 -> rank 1 -> rank 0" in out
-        assert "rank 1 is at fault: it posted RECV_F1.0 with tag 5 in the step before" in out
+        assert "cycle: process 0 -> 1 -> 0" in out
+        assert "process 1 is at fault: it posted RECV_F1.0 with tag 5 in the step before" in out
     assert "deadlock: all ranks wait for each other in step 9" in told[0][1]
     run.wait_for(lambda: not run.files)
     flights, cause = flight.load(flight.list_flights(tmp_path)[-1])
@@ -166,7 +166,7 @@ def test_a_rank_without_deadline_may_take_as_long_as_it_likes(ranks):
 def test_the_flight_recorder_survives_the_rank(ranks, tmp_path):
     run = ranks("work", "work")
     run.processes[0].kill()
-    (event,) = run.wait_for(lambda: run.events("rank lost"))
+    (event,) = run.wait_for(lambda: run.events("process lost"))
     assert event["rank"] == 0 and event["step"] >= 7
     folder = run.wait_for(lambda: flight.list_flights(tmp_path))[0]
     run.wait_for(lambda: (folder / "cause.json").exists())
@@ -183,7 +183,7 @@ def test_nothing_is_left_when_the_ranks_end(ranks):
     assert [process.wait(LIMIT_S) for process in run.processes] == [0, 0]
     run.wait_for(lambda: not run.files, 2.0)
     run.wait_for(lambda: not Path(f"/proc/{supervisor}").exists(), 2.0)
-    assert run.events("rank lost") == [] and run.events("hang") == []
+    assert run.events("process lost") == [] and run.events("hang") == []
 
 
 def test_a_supervisor_that_was_killed_is_replaced(ranks):
