@@ -198,11 +198,17 @@ def launch(
 @contextlib.contextmanager
 def _folders(environ: MutableMapping[str, str], num_here: int | None) -> Iterator[None]:
     """Give the launch folders of its own, which are removed at the end; `num_here`: ranks, if all are on this node."""
+    from hpcpipe.cluster.environment import LAUNCH_ID
     from hpcpipe.cluster.launcher import session_folder
     from hpcpipe.cluster.shared_folder import shared_folder
+    from hpcpipe.watch.memory import remove_leftovers
 
     with session_folder(environ), shared_folder(environ, num_here or 0, is_one_node=num_here is not None):
-        yield
+        try:
+            yield
+        finally:
+            # Of ranks that were killed at once with whoever watched them.
+            remove_leftovers(environ[LAUNCH_ID])
 
 
 def _announce(why_not: str, recovery: str | None, num_spares: int, environ: MutableMapping[str, str]) -> None:
