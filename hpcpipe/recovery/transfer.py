@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hpcpipe.errors import RankError
+from hpcpipe.faults import hooks
 from hpcpipe.mpi.channel import Channel
 
 
@@ -162,6 +163,7 @@ def carry_out(
         elif source == rank:
             channel.start_send(name, sources[move.role].view(move.offset, move.size), move.rank, 0)
             names.append(name)
+    hooks.point("restore")
     for name in names:
         channel.wait(name)
     return received

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from hpcpipe.faults import hooks
 from hpcpipe.mpi.channel import Channel
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.recovery.decide import Decision, Holder, Source
@@ -134,4 +135,6 @@ def _source(member: Member, holder: Holder, step: int) -> Parts:
         assert member.state is not None
         return Parts(parts_of(member.state))
     assert member.copies is not None
-    return Parts([member.copies.own(step) if holder.source is Source.OWN else member.copies.held(step)])
+    copy = member.copies.own(step) if holder.source is Source.OWN else member.copies.held(step)
+    hooks.corrupt("copy", [copy])
+    return Parts([copy])

@@ -13,6 +13,7 @@ from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.channel import Channel
 from hpcpipe.mpi.collectives import broadcast_bytes
 from hpcpipe.recovery.copies import Copies, kept_by, neighbour_of
+from hpcpipe.telemetry.metrics import last_step
 from hpcpipe.telemetry.status import read_status
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.cadence import Cadence, estimate_mtbf_s
@@ -51,6 +52,8 @@ def run_epoch(member: Member) -> ExitCode:
     waiter = session.waiter
     waiter.background, waiter.timeout_s = [], SETUP_TIMEOUT_S
     _watch_for_stop(session, member)
+    if member.story is not None and session.is_root:
+        member.story["finished"] = last_step(session.directory.metrics)
     if member.state is None:
         session.beacon.phase(Phase.SETUP)
         found = find_start(session, member.resume, member.at_most)
@@ -130,6 +133,7 @@ def _tell_story(member: Member, session: Session, state: State) -> None:
         return
     story, member.story = member.story, None
     seconds = time.monotonic() - story.pop("seen_s")
+    story["lost_steps"] = max(0, story.pop("finished", 0) - state.step)
     degrees = session.grid.pipeline, session.grid.data
     facts = {"step": state.step, "pipeline": degrees[0], "data": degrees[1], "spares": len(member.spares())}
     session.events.add("recovered", **story, **facts, epoch=member.epoch, seconds=seconds)

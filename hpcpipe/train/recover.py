@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass, replace
 
 from hpcpipe.errors import BY_CODE, ExitCode, HpcpipeError, Interruption, RankError, StoppedError
+from hpcpipe.faults import hooks
 from hpcpipe.mpi.crew import CommunicationError
 from hpcpipe.recovery.decide import Decision, decide
 from hpcpipe.recovery.standing import NOTHING, Standing
@@ -76,10 +77,12 @@ def live(member: Member) -> ExitCode:
         return run_epoch(member) if member.grid is not None else wait_as_spare(member)
     while True:
         member.base.beacon.epoch(member.epoch, member.role)
+        hooks.take_rank(None if member.role == NOTHING else member.role)
         end = _attempt(member)
         if member.role == 0 and end.code is not None and end.is_over:
             crew.tell(member.spares(), bytes([end.code]))
         if not end.is_over:
+            hooks.point("revoke")
             crew.revoke()
         if not crew.agree(end.is_over):
             end = _recover(member, end)
@@ -124,6 +127,7 @@ def _recover(member: Member, end: End) -> End:
             is_done = False
         if not is_done:
             member.crew.revoke()
+        hooks.point("commit")
         if member.crew.agree(is_done) and change is not None:
             change.apply(member)
             return End()
@@ -132,7 +136,9 @@ def _recover(member: Member, end: End) -> End:
 def _meet(member: Member, end: End) -> tuple[End | None, Change | None]:
     """Carry out steps 3 to 7; return how to leave, or what changes in the next epoch."""
     crew, parallel = member.crew, member.config.parallel
+    hooks.point("shrink")
     crew.shrink()
+    hooks.point("exchange")
     standings = [Standing.from_row(row) for row in crew.exchange(_standing(member, end).to_row())]
     everyone = range(len(standings))
     knowing = [rank for rank in everyone if not standings[rank].is_spare] or list(everyone)
@@ -148,11 +154,13 @@ def _meet(member: Member, end: End) -> tuple[End | None, Change | None]:
         found = fewer[0]
         return None if found is None else (found.config.parallel.pipeline, found.config.parallel.data)
 
+    hooks.point("decide")
     decision = decide(standings, parallel.pipeline, parallel.data, choose_grid, member.level())
     if decision.exit_code is not None:
         return _told(member, end, decision), None
     member.attempts += 1
     role = decision.roles[crew.rank]
+    hooks.point("form")
     grid = crew.form_grid(role, decision.pipeline, decision.data)
     new_outline = fewer[0] if fewer else outline
     state = restore(member, standings, decision, outline, new_outline) if decision.holders else None

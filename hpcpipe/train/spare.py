@@ -1,9 +1,9 @@
 """A spare: a process that has all it needs to take a rank's place, and waits without using the processor."""
 
 import signal
-import time
 
 from hpcpipe.errors import ExitCode, Interruption
+from hpcpipe.faults import hooks
 from hpcpipe.mpi.crew import CommunicationError
 from hpcpipe.train.member import Member
 from hpcpipe.train.outline import Outline
@@ -30,15 +30,14 @@ def wait_as_spare(member: Member) -> ExitCode:
     crew, beacon = member.crew, member.base.beacon
     beacon.phase(Phase.SPARE)
     while True:
+        hooks.point("idle")
         beacon.nap("ALL", None, -1, -1, lambda: "a rank's place")
         if crew.is_revoked():
             raise Interruption("the ranks meet")
         try:
             content = crew.listen(member.root)
-        except CommunicationError:
-            # That rank has died, and the others will notice.
-            content = None
-            time.sleep(_LOOK_S / 10)
+        except CommunicationError as error:
+            raise Interruption("the rank that speaks for the run has died") from error
         if content is None:
             _nap()
         elif len(content) == 1:
