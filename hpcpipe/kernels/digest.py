@@ -11,6 +11,7 @@ from hpcpipe.kernels.threads import ALONE, Team
 BLOCK = 256
 """Words of 32 bits that are added by themselves."""
 
+_PAIRS = BLOCK // 2
 _WORD_BYTES = 4
 # What starting threads costs is what one thread takes for about this many words.
 _SMALLEST_SHARED = 1 << 19
@@ -37,15 +38,14 @@ def digest_blocks(words: Any, first: int, last: int) -> Any:
     """
     total = np.uint64(0)
     num_words = words.shape[0]
+    pairs = words[: num_words // 2 * 2].view(np.uint64)
     for block in range(first, last):
-        start = block * BLOCK
-        stop = min(start + BLOCK, num_words)
         block_total = np.uint64(0)
-        for pair in words[start : start + (stop - start) // 2 * 2].view(np.uint64):
+        for pair in pairs[block * _PAIRS : (block + 1) * _PAIRS]:
             block_total += pair
-        if (stop - start) % 2:
-            block_total += np.uint64(words[stop - 1])
         total += block_total * np.uint64(2 * block + 1)
+    if num_words % 2 and first < last and last * BLOCK >= num_words:
+        total += np.uint64(words[num_words - 1]) * np.uint64(2 * last - 1)
     return total
 
 

@@ -37,10 +37,23 @@ class _Series:
         self._values.append(value)
         insort(self._sorted, value)
 
-    def center(self) -> tuple[float, float]:
-        """Return the median, and the standard deviation that the median of deviations from it stands for."""
+    def score(self, value: float, least: float, least_relative: float = 0.0) -> float:
+        """Return how many deviations a number lies above the median; 0 where it cannot be more than `ALARM`.
+
+        Parameters
+        ----------
+        value : float
+            The number.
+        least, least_relative : float
+            Least deviation, by itself and as a part of the median's magnitude.
+        """
         center = _median(self._sorted)
-        return center, _TO_DEVIATION * _median(sorted(abs(value - center) for value in self._sorted))
+        excess, floor = value - center, max(least, least_relative * abs(center))
+        # Most numbers end here, before anything is sorted.
+        if excess <= ALARM * floor:
+            return 0.0
+        deviation = max(floor, _TO_DEVIATION * _median(sorted(abs(other - center) for other in self._values)))
+        return excess / deviation if deviation > 0 else math.inf
 
 
 def _median(ordered: list[float]) -> float:
@@ -61,7 +74,7 @@ class SpikeWatch:
         self._spikes: deque[bool] = deque(maxlen=WINDOW)
 
     def score(self, loss: float, norm: float) -> float:
-        """Return how far a step stands out, 0 or more; 0 while too few were seen.
+        """Return how far a step stands out; 0 where it clearly does not, and while too few were seen.
 
         Parameters
         ----------
@@ -70,11 +83,8 @@ class SpikeWatch:
         """
         if len(self._losses) < LEAST_SEEN:
             return 0.0
-        center, deviation = self._losses.center()
-        of_loss = _ratio(loss - center, max(deviation, _LEAST_OF_LOSS * abs(center)))
-        center, deviation = self._norms.center()
-        of_norm = _ratio(_log(norm) - center, max(deviation, _LEAST_OF_NORM))
-        return max(0.0, of_loss, of_norm)
+        of_loss = self._losses.score(loss, 0.0, _LEAST_OF_LOSS)
+        return max(0.0, of_loss, self._norms.score(_log(norm), _LEAST_OF_NORM))
 
     def add(self, loss: float, norm: float) -> None:
         """Take a step, spike or not, so that a lasting change stops being one."""
@@ -91,7 +101,3 @@ class SpikeWatch:
 def _log(norm: float) -> float:
     """Return the logarithm of a norm; of zero a very small number."""
     return math.log(max(norm, 1e-300))
-
-
-def _ratio(excess: float, deviation: float) -> float:
-    return excess / deviation if deviation > 0 else math.inf if excess > 0 else 0.0
