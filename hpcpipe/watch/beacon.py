@@ -107,7 +107,7 @@ class NoBeacon:
         Interruption
             If the supervisor wants all ranks to recover.
         RankError
-            If it wants the run to end: the same hang again and again.
+            If it wants the run to end, on all ranks: the same deadlock came again and again.
         """
 
     def waited(self, kind: str, name: object, peer: int, tag: int, start_s: float) -> None:
@@ -301,7 +301,8 @@ class Beacon(NoBeacon):
         if self._phase is not Phase.SPARE:
             least = max(least, _SAFETY * self._longest_ns)
         if self._phase is Phase.TRAIN and self._num_steps <= _FIRST_STEPS:
-            least = max(least, _SAFETY * self._expected_ns if self._expected_ns else 3 * self._hang_ns)
+            unknown = 0 if self._longest_ns else 3 * self._hang_ns
+            least = max(least, _SAFETY * self._expected_ns if self._expected_ns else unknown)
         self._limit_ns = least
 
     def _identify(self) -> None:
@@ -319,17 +320,16 @@ class Beacon(NoBeacon):
         if command == Command.RESET:
             raise Interruption(text)
         if command == Command.GIVE_UP:
-            raise RankError(text)
+            raise RankError(text).on_all()
 
     def _look(self, now: int) -> None:
         """Print what the supervisor has to say, and see that there is one."""
         self._next_look = now + _LOOK_NS
         if self._memory.num_notes != self._num_notes:
-            notes, self._num_notes = self._memory.notes(self._num_notes), self._memory.num_notes
-            if all(self._is_over(number) for number in range(self._slot_number)):
-                with contextlib.suppress(OSError, ValueError):
-                    sys.stderr.write("".join(f"hpcpipe: {note}\n" for note in notes))
-                    sys.stderr.flush()
+            notes, self._num_notes = self._memory.notes(self._process, self._num_notes), self._memory.num_notes
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write("".join(f"hpcpipe: {note}\n" for note in notes))
+                sys.stderr.flush()
         if self._revive is not None and self._phase not in OVER and not self._is_supervised(now):
             self._revive()
 

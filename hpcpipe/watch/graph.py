@@ -72,7 +72,7 @@ def find_mismatches(ranks: Sequence[Rank], rings: Rings) -> list[str]:
 
     The end whose tag is not what it was in an earlier step is the one at fault.
     """
-    lines = []
+    lines, silent = [], []
     for rank in ranks:
         state = rank.state
         if not state.wait.startswith("RECV") or state.peer < 0:
@@ -90,9 +90,11 @@ def find_mismatches(ranks: Sequence[Rank], rings: Rings) -> list[str]:
             text += f"; it has sent {name} with tag {orphans[0].tag}, which process {rank.process} does not receive"
         usual = _earlier_tag(own, state.wait, state.wait_stage, state.wait_microbatch, state.step)
         if usual not in (None, state.tag):
-            text += f"; process {rank.process} is at fault: it posted {message} with tag {usual} in the step before"
-        lines.append(text)
-    return lines
+            text += (
+                f"; process {rank.process} is at fault: it posted {message} with tag {state.tag}, before with {usual}"
+            )
+        (lines if orphans or usual not in (None, state.tag) else silent).append(text)
+    return lines or silent
 
 
 def at_fault(lines: Sequence[str]) -> str:

@@ -30,7 +30,9 @@ FACTS_BYTES = PAGE - FACTS_AT
 NOTES_AT = PAGE
 NOTE_BYTES = 448
 NUM_NOTES = 9
-"""What the ranks are to print: a count of all texts so far, and the last few, the n-th at ``n % NUM_NOTES``."""
+"""What ranks are to print: a count of all texts so far, and the last few, the n-th at ``n % NUM_NOTES``.
+
+Each starts with the number of the process that prints it."""
 
 IDENTITY_AT = 0
 IDENTITY = struct.Struct("<qqqqqqq")

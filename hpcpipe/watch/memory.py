@@ -185,17 +185,18 @@ class MemoryFile:
         """How many texts there were for the ranks to print."""
         return int(struct.unpack_from("<q", self.view, NOTES_AT)[0])
 
-    def add_note(self, text: str) -> None:
-        """Give the ranks a text to print."""
+    def add_note(self, process: int, text: str) -> None:
+        """Give a process a text to print."""
         count = self.num_notes
-        write_text(self.view, NOTES_AT + 8 + count % NUM_NOTES * NOTE_BYTES, NOTE_BYTES, text)
+        write_text(self.view, NOTES_AT + 8 + count % NUM_NOTES * NOTE_BYTES, NOTE_BYTES, f"{process} {text}")
         struct.pack_into("<q", self.view, NOTES_AT, count + 1)
 
-    def notes(self, since: int) -> list[str]:
-        """Return the texts from the given number on, as far as they are still there."""
+    def notes(self, process: int, since: int) -> list[str]:
+        """Return the texts for a process from the given number on, as far as they are still there."""
         count = self.num_notes
         places = (number % NUM_NOTES for number in range(max(since, count - NUM_NOTES), count))
-        return [read_text(self.view, NOTES_AT + 8 + place * NOTE_BYTES, NOTE_BYTES) for place in places]
+        texts = [read_text(self.view, NOTES_AT + 8 + place * NOTE_BYTES, NOTE_BYTES) for place in places]
+        return [text.partition(" ")[2] for text in texts if text.startswith(f"{process} ")]
 
     def unlink(self) -> None:
         """Remove the file; whoever has mapped it keeps it."""

@@ -91,11 +91,11 @@ class Notebook:
         struct.pack_into("<q", content, 0, identity.process + 1)
         return flight.pack(bytes(content))
 
-    def describe_hang(self, culprits: Sequence[Rank], name: str) -> str:
-        """Name who hangs, and tell the ranks, one of which prints it."""
+    def describe_hang(self, culprits: Sequence[Rank], ranks: Sequence[Rank], name: str) -> str:
+        """Name who hangs, and have another process print it."""
         who = "; ".join(map(_describe_culprit, culprits))
         text = f"hang: {who}: killed" + (f"; see stacks/{name} in the run directory" if self._directory() else "")
-        self._memory.add_note(text)
+        self._print(text, [rank for rank in ranks if rank not in culprits])
         return text
 
     def killed(self, culprits: Sequence[Rank], evidence: Evidence, name: str, text: str) -> None:
@@ -106,7 +106,7 @@ class Notebook:
         self._keep(name, evidence.flights, evidence.stacks, {"what": "hang", "text": text, "ranks": _numbers(culprits)})
 
     def decide_deadlock(self, ranks: Sequence[Rank], rings: Mapping[int, Sequence[Record]]) -> Deadlock:
-        """Say what is to be done about a deadlock, and tell the ranks, one of which prints it."""
+        """Say what is to be done about a deadlock, and have a process print it."""
         key = signature(ranks)
         count = self._seen[key] = self._seen.get(key, 0) + 1
         lines = describe_deadlock(ranks, rings)
@@ -117,7 +117,7 @@ class Notebook:
         head += f"; {fault}" if fault else ""
         command = Command.RESET if count < TRIES else Command.GIVE_UP if count == TRIES else None
         ends = {Command.RESET: "they are to recover", Command.GIVE_UP: "the run is ended", None: "they are killed"}
-        self._memory.add_note(f"{head} ({count} of {TRIES}): {ends[command]}")
+        self._print(f"{head} ({count} of {TRIES}): {ends[command]}", ranks)
         graph = "\n  ".join([f"{head}; this was seen {count} times, so that going on does not help", *lines])
         return Deadlock(command, head if command is Command.RESET else graph, lines, count)
 
@@ -146,7 +146,7 @@ class Notebook:
         why = MODE_WORDS.get(mode, "")
         cause = f"{rank.name} was still for {seconds:.1f} s{f', {why}' if why else ''}"
         self._event("straggler", cause=cause, **{**_facts(rank), "seconds": round(seconds, 3), "why": why})
-        self._memory.add_note(f"straggler: {cause}, and goes on")
+        self._print(f"straggler: {cause}, and goes on", [rank])
 
     def lost(self, ranks: Sequence[Rank], flights: Mapping[int, bytes]) -> None:
         """Keep the flight recorders after deaths."""
@@ -162,6 +162,11 @@ class Notebook:
         """Keep the flight recorders of a run that ends with an error."""
         text = f"the run ended with an error after step {max((rank.state.step for rank in ranks), default=0)}"
         self._keep(self.new_name(), flights, {}, {"what": "failed", "text": text, "ranks": _numbers(ranks)})
+
+    def _print(self, text: str, ranks: Sequence[Rank]) -> None:
+        """Have the first of some ranks print a text."""
+        if ranks:
+            self._memory.add_note(min(rank.process for rank in ranks), text)
 
     def _event(self, event: str, **facts: Any) -> None:
         """Append to the events of the run, in one write, if its lock is still held."""

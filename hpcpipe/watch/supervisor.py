@@ -251,7 +251,7 @@ class Supervisor:
             # It has come back to life meanwhile.
             return
         name = self.notebook.new_name()
-        text = self.notebook.describe_hang(culprits, name)
+        text = self.notebook.describe_hang(culprits, ranks, name)
         # Without fault tolerance the launcher ends all ranks at once, and one of them is to print it before.
         time.sleep(_PRINT_S)
         for seat in guilty:
