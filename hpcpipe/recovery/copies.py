@@ -4,10 +4,11 @@ Each rank keeps the two newest versions of its own state and of a neighbour's, s
 held while the next is under way: the collective call of each step keeps the ranks within one step of each other.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from hpcpipe.kernels.digest import digest
 from hpcpipe.memory.layout import new_arrays
 from hpcpipe.model.tensors import BufferSpec, f32
 from hpcpipe.mpi.channel import Channel
@@ -43,6 +44,10 @@ def copy_specs(own_size: int, held_size: int) -> dict[str, BufferSpec]:
     }
 
 
+def _unknown(step: int) -> Sequence[int]:
+    return ()
+
+
 class Copies:
     """What a rank keeps of its own state, and of its neighbour's.
 
@@ -50,12 +55,14 @@ class Copies:
     ----------
     parts : sequence of ndarray of float32
         What is copied: flat views of the live state, owned by the caller and only read.
-    held_size : int
-        Elements of the neighbour's parts.
     held_role : int
         The neighbour whose state is kept here.
+    held_parts : sequence of int
+        Elements of each of the neighbour's parts.
     every : int
         Steps between two copies.
+    digests : callable
+        Takes a step; returns the digest of each part as the update of that step has left it, nothing if not known.
 
     Attributes
     ----------
@@ -65,10 +72,21 @@ class Copies:
         As above.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray], held_size: int, held_role: int, every: int) -> None:
+    def __init__(
+        self,
+        parts: Sequence[np.ndarray],
+        held_role: int,
+        held_parts: Sequence[int],
+        every: int,
+        digests: Callable[[int], Sequence[int]] = _unknown,
+    ) -> None:
         self._parts = list(parts)
+        self._held_parts = list(held_parts)
+        self._digests = digests
+        self._digests_sent = np.zeros(len(self._parts), np.uint64)
+        self._digests_held = np.zeros((VERSIONS, len(self._held_parts)), np.uint64)
         own_size = sum(part.size for part in self._parts)
-        arrays = new_arrays(copy_specs(own_size, held_size), "copies")
+        arrays = new_arrays(copy_specs(own_size, sum(held_parts)), "copies")
         self._own = [arrays[f"own {version}"] for version in range(VERSIONS)]
         self._held = [arrays[f"held {version}"] for version in range(VERSIONS)]
         self.own_steps, self.held_steps = [NOTHING] * VERSIONS, [NOTHING] * VERSIONS
@@ -148,6 +166,26 @@ class Copies:
         self.own_steps[own] = self.held_steps[held] = self._step
         self._step, self._under_way = NOTHING, []
 
+    def drop_damaged(self) -> list[str]:
+        """Look at all versions whose digests are known, forget those that have changed, and say which."""
+        found = []
+        for slot, step in enumerate(self.own_steps):
+            known = self._digests(step) if step != NOTHING else ()
+            if len(known) and not _matches(self._own[slot], [part.size for part in self._parts], known):
+                self.own_steps[slot] = NOTHING
+                found.append(f"own copy of step {step}")
+        for slot, step in enumerate(self.held_steps):
+            known = self._digests_held[slot].tolist() if step != NOTHING else ()
+            if any(known) and not _matches(self._held[slot], self._held_parts, known):
+                self.held_steps[slot] = NOTHING
+                found.append(f"copy of step {step} of rank {self.held_role}")
+        return found
+
+    def digests(self, step: int) -> Sequence[int]:
+        """Return the digests that came with the neighbour's elements at a step, zeros if it did not know any."""
+        values: list[int] = self._digests_held[self.held_steps.index(step)].tolist()
+        return values
+
     def own(self, step: int) -> np.ndarray:
         """Return this rank's elements at a step, its parts one behind the other."""
         return self._own[self.own_steps.index(step)]
@@ -163,6 +201,7 @@ class Copies:
         own, held = (steps.index(step if step in steps else min(steps)) for steps in (self.own_steps, self.held_steps))
         self.own_steps[own] = self.held_steps[held] = NOTHING
         self._step, self._slots = step, (own, held)
+        self._exchange_digests(step, held)
         for index, chunk in enumerate(_cut(self._held[held])):
             name = f"part {index} of the copy of step {step} from rank {self._left}"
             self._channel.post_receive(name, chunk, self._left, 0)
@@ -171,6 +210,17 @@ class Copies:
         self._unsent = _cut(self._own[own])[::-1]
         self._todo = list(_pairs(self._parts, self._own[own]))[::-1]
         self._filled = 0
+
+    def _exchange_digests(self, step: int, held: int) -> None:
+        """Give the right neighbour the digests of a step, and get those of the left one."""
+        assert self._channel is not None
+        self._digests_sent[:] = 0
+        known = self._digests(step)
+        self._digests_sent[: len(known)] = known
+        names = f"digests of step {step} from rank {self._left}", f"digests of step {step} to rank {self._right}"
+        self._channel.post_receive(names[0], self._digests_held[held], self._left, 0)
+        self._channel.start_send(names[1], self._digests_sent, self._right, 0)
+        self._under_way += names
 
     def _copy_one(self) -> None:
         """Copy a piece of the state, and send what is complete."""
@@ -190,6 +240,13 @@ def _cut(flat: np.ndarray) -> list[np.ndarray]:
     """Cut elements into messages, alike on both ends."""
     size = max(_LEAST_CHUNK, -(-flat.size // _MOST_CHUNKS))
     return [flat[first : first + size] for first in range(0, flat.size, size)]
+
+
+def _matches(flat: np.ndarray, sizes: Sequence[int], known: Sequence[int]) -> bool:
+    """Tell whether parts that lie one behind the other have these digests."""
+    ends = np.cumsum(sizes).tolist()
+    parts = (flat[end - size : end] for end, size in zip(ends, sizes, strict=True))
+    return all(digest(part) == value for part, value in zip(parts, known, strict=True))
 
 
 def _pairs(parts: Sequence[np.ndarray], flat: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,7 +1,10 @@
 """From one epoch to the next: the state of the new grid, made from what the survivors hold of the old one."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from hpcpipe.faults import hooks
 from hpcpipe.mpi.channel import Channel
@@ -110,10 +113,50 @@ def restore(
     channel = Channel(crew.comm, base.waiter, base.mode)
     holders = {role: holder.rank for role, holder in decision.holders.items()}
     carry_out(moves, holders, sources, targets, channel, crew.rank)
+    digests = _share_digests(member, decision, wanted, channel) if old is new else ()
     if state is not None and targets:
         state.pack()
         state.step, state.is_torn = decision.step, False
+        state.digests = {decision.step: tuple(digests)} if any(digests) else {}
     return state
+
+
+def _share_digests(
+    member: Member, decision: Decision, wanted: Mapping[int, object], channel: Channel
+) -> tuple[int, ...]:
+    """Give every rank that gets its state the digests that its parts should have; return this process's."""
+    assert member.outline is not None and decision.holders is not None
+    rank, received = member.crew.rank, np.zeros(0, np.uint64)
+    _, sizes = entries_of_grid(member.outline.config, member.outline.schedule)
+    names = []
+    for target in wanted:
+        role = decision.roles[target]
+        holder = decision.holders[role]
+        name = f"digests of rank {role} from process {holder.rank} to {target}"
+        if holder.rank == rank:
+            known = np.zeros(len(sizes[role]), np.uint64)
+            values = _known_digests(member, holder, decision.step)
+            known[: len(values)] = values
+            if target == rank:
+                received = known
+                continue
+            channel.start_send(name, known, target, 0)
+            names.append(name)
+        elif target == rank:
+            received = np.zeros(len(sizes[role]), np.uint64)
+            channel.post_receive(name, received, holder.rank, 0)
+            names.append(name)
+    for name in names:
+        channel.wait(name)
+    return tuple(received.tolist())
+
+
+def _known_digests(member: Member, holder: Holder, step: int) -> Sequence[int]:
+    """Return the digests of a rank's parts that this process holds, nothing if it knows none."""
+    if holder.source is Source.HELD:
+        assert member.copies is not None
+        return member.copies.digests(step)
+    return member.state.digests.get(step, ()) if member.state is not None else ()
 
 
 def _has_all(rank: int, role: int, standings: list[Standing], decision: Decision, is_same_grid: bool) -> bool:

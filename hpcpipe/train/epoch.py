@@ -209,7 +209,8 @@ def _keep_copies(member: Member, session: Session, state: State, trainer: Traine
     copies = member.copies
     if copies is None:
         _, sizes = entries_of_grid(session.config, session.schedule)
-        copies = member.copies = Copies(parts_of(state), sizes[kept], kept, every)
+        copies = Copies(parts_of(state), kept, sizes[kept], every, lambda step: state.digests.get(step, ()))
+        member.copies = copies
     copies.connect(Channel(grid.comm, session.waiter, session.mode), neighbour_of(role, *degrees), kept)
     copies.forget_after(state.step)
     copies.take(state.step)

@@ -171,8 +171,8 @@ class _Rank:
         role = replica * parallel.pipeline + self._stage_rank
         kept, stage_rank = divmod(kept_by(role, parallel.pipeline, parallel.data), parallel.pipeline)
         neighbour = [self._plan.stage(index) for index in self._schedule.stages_of(stage_rank)]
-        own_size = entries_of(self._stages.values(), replica)[1]
-        return {"copies": _bytes(copy_specs(own_size, entries_of(neighbour, kept)[1]))}
+        own_size = sum(entries_of(self._stages.values(), replica)[1])
+        return {"copies": _bytes(copy_specs(own_size, sum(entries_of(neighbour, kept)[1])))}
 
     def total(self, activation_bytes: int) -> int:
         """Return all bytes of the replica that needs most."""

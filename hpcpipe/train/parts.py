@@ -25,8 +25,8 @@ def parts_of(state: State) -> list[np.ndarray]:
     return parts
 
 
-def entries_of(stages: Iterable[StageTensors], shard: int) -> tuple[list[Entry], int]:
-    """Return what the parts of a rank hold, under global names, and the number of their elements.
+def entries_of(stages: Iterable[StageTensors], shard: int) -> tuple[list[Entry], list[int]]:
+    """Return what the parts of a rank hold, under global names, and the number of elements of each part.
 
     The copy of a tied tensor takes its place among the elements, but its original stands for it.
 
@@ -37,7 +37,8 @@ def entries_of(stages: Iterable[StageTensors], shard: int) -> tuple[list[Entry],
     shard : int
         The replica that it belongs to.
     """
-    entries, offset = [], 0
+    entries: list[Entry] = []
+    offset, sizes = 0, []
     for stage in stages:
         owned = {tensor.name for tensor in stage.owned()}
         for bucket in stage.stored_buckets():
@@ -48,6 +49,7 @@ def entries_of(stages: Iterable[StageTensors], shard: int) -> tuple[list[Entry],
                     place = offset + starts[held.name] + held.start - first
                     entries.append(Entry(held.name, WEIGHT, held.start, held.stop, place))
             offset += last - first
+            sizes.append(last - first)
         offsets, size = offsets_of(moment_shapes(stage, shard))
         for moment in MOMENTS:
             entries += [
@@ -56,11 +58,12 @@ def entries_of(stages: Iterable[StageTensors], shard: int) -> tuple[list[Entry],
                 if held.name in owned
             ]
             offset += size
-    return entries, offset
+            sizes.append(size)
+    return entries, sizes
 
 
-def entries_of_grid(config: Config, schedule: Schedule) -> tuple[dict[int, list[Entry]], dict[int, int]]:
-    """Return `entries_of` for every rank of a grid: the entries of each, and their elements."""
+def entries_of_grid(config: Config, schedule: Schedule) -> tuple[dict[int, list[Entry]], dict[int, list[int]]]:
+    """Return `entries_of` for every rank of a grid: the entries of each, and the elements of its parts."""
     plan = plan_model(config, schedule.num_stages)
     stages = [plan.stage(index) for index in range(schedule.num_stages)]
     entries, sizes = {}, {}

@@ -176,6 +176,7 @@ def _standing(member: Member, end: End) -> Standing:
     state, copies, is_spare = member.state, member.copies, member.role == NOTHING
     own = held = (NOTHING, NOTHING)
     if copies is not None:
+        copies.drop_damaged()
         own, held = (copies.own_steps[0], copies.own_steps[1]), (copies.held_steps[0], copies.held_steps[1])
     return Standing(
         process=member.crew.process,
