@@ -7,7 +7,7 @@ from pathlib import Path
 from hpcpipe.checkpoint.disk import move_to_trash, remove, sync_directory
 from hpcpipe.checkpoint.layout import MANIFEST, candidates, step_of
 from hpcpipe.checkpoint.manifest import load_manifest
-from hpcpipe.errors import DamagedError
+from hpcpipe.errors import DamagedError, DiskError
 
 
 def retain(root: Path, newest: Path, *, keep: int, keep_every: int = 0, keep_best: bool = False) -> list[Path]:
@@ -67,6 +67,40 @@ def retain(root: Path, newest: Path, *, keep: int, keep_every: int = 0, keep_bes
     for path in trash:
         remove(path)
     return old
+
+
+def set_aside(root: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps, so that no start takes them: the run has gone back behind them.
+
+    Parameters
+    ----------
+    root : Path
+        The run's ``checkpoints`` directory.
+    step : int
+        The latest step that stays.
+
+    Returns
+    -------
+    list of Path
+        Where they are now, ``step-00000100.rewound`` each.
+
+    Raises
+    ------
+    DiskError
+        The file system refused.
+    """
+    moved = []
+    try:
+        for path in candidates(root):
+            if (step_of(path.name) or 0) > step:
+                names = (f"{path.name}.rewound{f'-{count}' if count else ''}" for count in range(1000))
+                target = next(root / name for name in names if not (root / name).exists())
+                moved.append(path.rename(target))
+        if moved:
+            sync_directory(root)
+    except OSError as error:
+        raise DiskError(f"{root}: checkpoints after step {step} could not be renamed ({error.strerror})") from error
+    return moved
 
 
 def _is_good(path: Path) -> bool:

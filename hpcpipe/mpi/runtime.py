@@ -204,12 +204,12 @@ def highest_tag() -> int:
     return bound
 
 
-def report_traceback(world: World) -> None:
-    """Print the current exception with the rank and host that it happened on."""
+def report_traceback(who: str) -> None:
+    """Print the current exception with the rank, in words, and the host that it happened on."""
     lines = traceback.format_exc().rstrip().splitlines()
-    head = f"rank {world.rank} of {world.size} on {MPI.Get_processor_name()}"
-    sys.stderr.write("\n".join([f"hpcpipe: {head} failed:", *lines]) + "\n")
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):
+        sys.stderr.write("\n".join([f"hpcpipe: {who} on {MPI.Get_processor_name()} failed:", *lines]) + "\n")
+        sys.stderr.flush()
 
 
 def library_version() -> str:

@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 
+from hpcpipe.checkpoint.retain import set_aside
 from hpcpipe.cluster.holder import fence_of
 from hpcpipe.cluster.processor import memory
 from hpcpipe.cluster.slurm import AllocationEnd
@@ -56,6 +57,7 @@ def run_epoch(member: Member) -> ExitCode:
         member.story["finished"] = last_step(session.directory.metrics)
     if member.state is None:
         session.beacon.phase(Phase.SETUP)
+        _set_later_aside(member, session)
         found = find_start(session, member.resume, member.at_most)
         done = 0 if found is None else found[1].step
         if done >= session.config.train.steps:
@@ -155,6 +157,14 @@ def _watch_for_stop(session: Session, member: Member) -> None:
         # A run that is done stays so until there are more steps to do.
         if member.epoch == 0 and read_status(session.directory.path).get("state") != "done":
             session.status(0, None)
+
+
+def _set_later_aside(member: Member, session: Session) -> None:
+    """Rename the checkpoints that a run which goes back must not take, now or later."""
+    with together(session.grid.comm, session.waiter):
+        if member.at_most >= 0 and session.is_root:
+            for path in set_aside(session.directory.checkpoints, member.at_most):
+                session.events.add("checkpoint set aside", path=str(path), at_most=member.at_most)
 
 
 def _plan(member: Member, session: Session, done: int) -> Plan:

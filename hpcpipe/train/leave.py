@@ -126,7 +126,7 @@ def _describe_dead(world: World) -> str:
 
 def _report(world: World) -> None:
     with contextlib.suppress(OSError, ValueError):
-        runtime.report_traceback(world)
+        runtime.report_traceback(f"rank {world.rank} of {world.size}")
 
 
 def _as_failure(world: World, error: BaseException) -> HpcpipeError:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from hpcpipe.errors import BY_CODE, ExitCode, HpcpipeError, Interruption, RankError, StoppedError
 from hpcpipe.faults import hooks
 from hpcpipe.mpi.crew import CommunicationError
+from hpcpipe.mpi.runtime import report_traceback
 from hpcpipe.recovery.decide import Decision, decide
 from hpcpipe.recovery.standing import NOTHING, Standing
 from hpcpipe.train.change import Change, restore
@@ -108,6 +109,10 @@ def _attempt(member: Member) -> End:
         return End(cause=interruption.cause, rewind=rewind, seen_s=time.monotonic())
     except HpcpipeError as error:
         return End(error.exit_code, error, seen_s=time.monotonic())
+    except Exception as error:
+        # Whatever takes this place would meet it too, so that all stop.
+        report_traceback(f"process {member.crew.process}, rank {member.role}")
+        return End(ExitCode.RANK_FAILED, RankError(f"{type(error).__name__}: {error}"), seen_s=time.monotonic())
 
 
 def _recover(member: Member, end: End) -> End:

@@ -21,6 +21,7 @@ from hpcpipe.mpi import runtime
 from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.collectives import broadcast_bytes
 from hpcpipe.mpi.crew import Crew, has_fault_tolerance
+from hpcpipe.mpi.ending import fault_tolerance_note
 from hpcpipe.mpi.grid import line_grid
 from hpcpipe.mpi.runtime import World
 from hpcpipe.recovery.standing import NOTHING
@@ -160,8 +161,12 @@ def _warn(base: Session, world: World, families: tuple[str, ...]) -> None:
             f"warning: ranks have kernels of {' and '.join(families)}, so bits depend on which rank computes"
             f" what: set HPCPIPE_KERNELS={families[-1]} for the same bits everywhere"
         )
-    if world.num_spares and not has_fault_tolerance():
-        say("warning: spares are of no use, since MPI's fault tolerance is off")
+    note = fault_tolerance_note(world.size)
+    if note:
+        say(f"recovery: {note}")
+    if has_fault_tolerance():
+        spares = "no spare" if not world.num_spares else f"{world.num_spares} spares"
+        say(f"recovery: the run goes on when a rank dies, with {spares}")
 
 
 def _prepare_member(base: Session, world: World, stop: StopRequest, writer: WriterMemory, resume: str) -> Member:
