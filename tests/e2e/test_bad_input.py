@@ -176,7 +176,7 @@ def test_the_checkpoint_that_was_asked_for_is_damaged(runs: Runs, copy_of_finish
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_an_exception_on_one_rank(runs: Runs, victim: int) -> None:
-    words = runs.arguments("run", 3, ["checkpoint.every=2"])
+    words = runs.arguments("run", 3, ["checkpoint.every=2"], ["--recovery", "off"])
     driver = [sys.executable, FAILING_RANK, victim, 6]
     finished = run([*driver, *words], runs.root / "output")
     directory = runs.directory("run")

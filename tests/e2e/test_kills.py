@@ -80,8 +80,8 @@ def test_killed_twenty_times(runs: Runs) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_one_rank_is_killed(runs: Runs, finished_run: Path, victim: int) -> None:
-    command = runs.start("run", 3, "checkpoint.every=2", environ=SLOW_STEPS)
+def test_one_rank_is_killed_and_cannot_be_replaced(runs: Runs, finished_run: Path, victim: int) -> None:
+    command = runs.start("run", 3, "checkpoint.every=2", environ=SLOW_STEPS, launch=("--recovery", "off"))
     directory = runs.directory("run")
     try:
         wait_until(lambda: last_step(directory) >= 5, "step 5", command)

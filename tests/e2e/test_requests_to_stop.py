@@ -151,7 +151,7 @@ def test_a_run_that_is_done_stays_done(runs: Runs, copy_of_finished) -> None:
     assert finished.code == 64
     assert (status(directory)["state"], status(directory)["exit_code"]) == ("done", 0)
     # With more steps to do it is not done any more.
-    command = runs.start("run", 2, "train.steps=1000", environ=SLOW_STEPS)
+    command = runs.start("run", 2, "train.steps=1000", environ=SLOW_STEPS, launch=("--recovery", "off"))
     try:
         wait_until(lambda: len(step_rows(directory)) > 21, "more steps", command)
         assert (status(directory)["state"], status(directory)["start_step"]) == ("running", 20)

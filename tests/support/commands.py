@@ -19,6 +19,9 @@ MARK = "HPCPIPE_TEST_MARK"
 WRITER = "hpcpipe.checkpoint.writer"
 """In the command line of the process beside each rank that writes checkpoints."""
 
+SUPERVISOR = "hpcpipe.watch.supervisor"
+"""In the command line of the process that looks for hangs of a node's ranks."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -86,8 +89,8 @@ class Command:
         """Return the processes of the ranks in ascending order of rank."""
         found = {}
         for pid, words in self.processes().items():
-            # A rank's writer has its environment.
-            if WRITER in words:
+            # What a rank has started has its environment.
+            if WRITER in words or SUPERVISOR in words:
                 continue
             rank = _variables(pid).get("OMPI_COMM_WORLD_RANK")
             if rank is not None:

@@ -18,16 +18,25 @@ class Runs:
         """Return the directory of a run."""
         return self.root / "runs" / name
 
-    def arguments(self, name: str, num_ranks: int, settings: Sequence[object] = ()) -> list[object]:
-        """Return the words of ``hpcpipe launch ... train``."""
-        words: list[object] = ["launch", "-n", num_ranks, "train", self.config]
+    def arguments(
+        self, name: str, num_ranks: int, settings: Sequence[object] = (), launch: Sequence[object] = ()
+    ) -> list[object]:
+        """Return the words of ``hpcpipe launch ... train``; `launch` are more options of launch."""
+        words: list[object] = ["launch", "-n", num_ranks, *launch, "train", self.config]
         for setting in map(str, (f"run.dir={self.root / 'runs'}", f"run.name={name}", *settings)):
             words += ["--set", setting] if "=" in setting else [setting]
         return words
 
-    def start(self, name: str, num_ranks: int, *settings: object, environ: Mapping[str, str] | None = None) -> Command:
+    def start(
+        self,
+        name: str,
+        num_ranks: int,
+        *settings: object,
+        environ: Mapping[str, str] | None = None,
+        launch: Sequence[object] = (),
+    ) -> Command:
         """Start training; the caller waits for it."""
-        return Command(self.arguments(name, num_ranks, settings), self.root / f"{name}.output", environ)
+        return Command(self.arguments(name, num_ranks, settings, launch), self.root / f"{name}.output", environ)
 
     def train(
         self,
