@@ -7,12 +7,12 @@ import time
 from collections.abc import Sequence
 
 from hpcpipe import __version__
-from hpcpipe.cli import batch, bench, chaos, checkpoint, data, doctor, halt, launch, sample, schedule, train
+from hpcpipe.cli import batch, bench, chaos, checkpoint, data, doctor, halt, launch, report, sample, schedule, train
 from hpcpipe.cli.parser import Parser, nearest
 from hpcpipe.cluster.environment import rank_hint
 from hpcpipe.errors import MEANING, DiskError, ExitCode, HpcpipeError, UsageError
 
-VERBS = (launch, train, halt, data, schedule, checkpoint, sample, bench, doctor, chaos, batch)
+VERBS = (launch, train, halt, data, schedule, checkpoint, sample, bench, report, doctor, chaos, batch)
 
 _INTERRUPTED = 130
 _BROKEN_PIPE = 141

@@ -12,6 +12,7 @@ from typing import Any
 
 from hpcpipe.errors import DamagedError
 from hpcpipe.watch.layout import (
+    ROLE_AT,
     SLOT_HEADER_BYTES,
     WAIT_TEXT_AT,
     WAIT_TEXT_BYTES,
@@ -44,6 +45,8 @@ class Flight:
         What it did when the copy was made.
     waits_for : str
         For what it waited, in its own words; an old wait's if it does not wait.
+    role : int
+        The rank that it was in the grid; -1: a spare.
     records : list of Record
         What it did before, oldest first.
     wall_ns, monotonic_ns : int
@@ -53,6 +56,7 @@ class Flight:
     identity: Identity
     state: State | None
     waits_for: str
+    role: int
     records: list[Record]
     wall_ns: int
     monotonic_ns: int
@@ -84,7 +88,8 @@ def unpack(content: bytes, name: str = "flight recorder") -> Flight:
     slot = content[_HEADER.size :]
     text = read_text(slot, WAIT_TEXT_AT, WAIT_TEXT_BYTES)
     ring = slot[SLOT_HEADER_BYTES:]
-    return Flight(read_identity(slot), read_state(slot), text, read_ring(ring), wall_ns, monotonic_ns)
+    (role,) = struct.unpack_from("<q", slot, ROLE_AT)
+    return Flight(read_identity(slot), read_state(slot), text, role - 1, read_ring(ring), wall_ns, monotonic_ns)
 
 
 def save(directory: Path, name: str, contents: Mapping[int, bytes], cause: Mapping[str, Any]) -> None:

@@ -72,7 +72,8 @@ def find_mismatches(ranks: Sequence[Rank], rings: Rings) -> list[str]:
 
     The end whose tag is not what it was in an earlier step is the one at fault.
     """
-    lines, silent = [], []
+    lines: list[str] = []
+    silent: list[str] = []
     for rank in ranks:
         state = rank.state
         if not state.wait.startswith("RECV") or state.peer < 0:

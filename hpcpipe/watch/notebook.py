@@ -113,11 +113,11 @@ class Notebook:
         step = max(rank.state.step for rank in ranks)
         still_s = min(rank.quiet_s for rank in ranks if rank.is_active)
         fault = at_fault(lines)
-        head = f"deadlock: all ranks wait for each other in step {step}, and nothing has moved for {still_s:.1f} s"
+        head = f"all ranks wait for each other in step {step}, and nothing has moved for {still_s:.1f} s"
         head += f"; {fault}" if fault else ""
         command = Command.RESET if count < TRIES else Command.GIVE_UP if count == TRIES else None
         ends = {Command.RESET: "they are to recover", Command.GIVE_UP: "the run is ended", None: "they are killed"}
-        self._print(f"{head} ({count} of {TRIES}): {ends[command]}", ranks)
+        self._print(f"deadlock: {head} ({count} of {TRIES}): {ends[command]}", ranks)
         graph = "\n  ".join([f"{head}; this was seen {count} times, so that going on does not help", *lines])
         return Deadlock(command, head if command is Command.RESET else graph, lines, count)
 

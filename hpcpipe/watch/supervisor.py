@@ -265,6 +265,8 @@ class Supervisor:
         """Have all ranks recover; the third time that they get into the same deadlock, end the run."""
         evidence = self._take_evidence()
         deadlock = self.notebook.decide_deadlock(ranks, evidence.rings)
+        # What the ranks did is kept now, and not once more when they leave.
+        self._has_failed = deadlock.command is not Command.RESET
         for seat in self._seats.values():
             seat.quiet_s = 0.0
             if deadlock.command is None:

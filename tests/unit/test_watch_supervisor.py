@@ -52,11 +52,12 @@ class Ranks:
 
     @property
     def supervisor(self) -> int:
-        """The supervisor's pid."""
+        """The supervisor's pid, once there is one."""
         memory = MemoryFile(self.files[0], 0)
-        pid = memory.supervisor()[0]
-        memory.close()
-        return pid
+        try:
+            return self.wait_for(lambda: memory.supervisor()[0])
+        finally:
+            memory.close()
 
     def events(self, kind: str) -> list[dict]:
         path = self.directory / "events.jsonl"
