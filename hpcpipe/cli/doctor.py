@@ -15,13 +15,9 @@ if TYPE_CHECKING:
     from hpcpipe.cluster.slurm import Allocation
 
 _PACKAGES = ("numpy", "scipy", "numba", "h5py", "blake3", "mpi4py")
-_RECOVERY = (
-    "not part of this version: when a rank fails, the run ends with exit code 71, "
-    "and the same command goes on from the newest checkpoint"
-)
 _DESCRIPTION = """\
-Show what this machine has for training, and try whether two ranks can talk. In a Slurm job, try every launcher over all
-nodes, and show where it binds ranks.
+Show what this machine has for training, and try whether two ranks can talk and whether ranks go on when one is killed.
+In a Slurm job, try every launcher over all nodes, and show where it binds ranks.
 
 Exit code 0 when training can work, 64 when something has to be put right first."""
 
@@ -60,22 +56,25 @@ def examine() -> dict[str, Any]:
         ``mpi cores cpu features memory_bytes slurm recovery versions kernels problems``, ready for JSON. ``mpi`` has
         ``library version mpirun works``, and ``threads cores``: of each of two ranks, and where they are bound. In a
         Slurm job its ``launchers`` say what works over all nodes, see `hpcpipe.cli.doctor_launch.in_allocation`.
+        ``recovery`` has ``works seconds trouble``, see `hpcpipe.cli.doctor_recovery.try_recovery`.
         ``kernels`` has ``family precision description compiled``, those that ``train.precision = "auto"`` chooses.
     """
+    from hpcpipe.cli.doctor_recovery import try_recovery
     from hpcpipe.cluster import processor, slurm
     from hpcpipe.cluster.environment import limit_blas_threads
 
     limit_blas_threads()
     problems: list[str] = []
     allocation = slurm.allocation()
+    mpi = _mpi(problems, allocation)
     return {
-        "mpi": _mpi(problems, allocation),
+        "mpi": mpi,
         "cores": processor.num_cores(),
         "cpu": processor.model_name(),
         "features": list(processor.features()),
         "memory_bytes": asdict(processor.memory()),
         "slurm": None if allocation is None else asdict(allocation),
-        "recovery": _RECOVERY,
+        "recovery": try_recovery(Path(mpi["mpirun"]) if mpi["mpirun"] else None, allocation),
         "versions": _versions(problems),
         "kernels": _kernels(problems),
         "problems": problems,
@@ -95,6 +94,7 @@ def as_text(report: dict[str, Any]) -> str:
     str
         Aligned lines; problems come last.
     """
+    from hpcpipe.cli import doctor_recovery
     from hpcpipe.cli.doctor_launch import describe
 
     mpi, memory, slurm = report["mpi"], report["memory_bytes"], report["slurm"]
@@ -111,7 +111,7 @@ def as_text(report: dict[str, Any]) -> str:
         else f"job {slurm['job_id']} on {slurm['num_nodes']} nodes ({slurm['node_list']})",
         **{f"by {attempt['name'].partition(' ')[0]}": describe(attempt) for attempt in mpi.get("launchers", ())},
         **_describe_kernels(report["kernels"]),
-        "recovery": report["recovery"],
+        "recovery": doctor_recovery.describe(report["recovery"], slurm["num_nodes"] if slurm else 1),
         "versions": ", ".join(f"{k} {v}" for k, v in report["versions"].items() if v and k != "hpcpipe"),
     }
     lines = [f"{name:<10} {value}" for name, value in rows.items()]

@@ -34,8 +34,8 @@ def two_ranks(mpirun: Path) -> tuple[dict[str, Any] | None, str]:
     from hpcpipe.cluster import launcher
 
     environ = launcher.rank_environment(launch_id="doctor", terminal=None)
-    command = launcher.mpirun_command(mpirun, 2, _program(), launcher.this_machine(), environ=environ)
-    return _listen(command, environ, _LIMIT_S)
+    command = launcher.mpirun_command(mpirun, 2, program(), launcher.this_machine(), environ=environ)
+    return listen(command, environ, _LIMIT_S)
 
 
 def in_allocation(mpirun: Path | None, allocation: Allocation) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def _by_mpirun(mpirun: Path, num_ranks: int, per_node: int) -> dict[str, Any]:
     # Its daemons are steps, which would wait for the processors of other steps of the job.
     environ[slurm.OVERLAP] = "1"
     with launcher.session_folder(environ):
-        command = launcher.mpirun_command(mpirun, num_ranks, _program(), machine, spread, environ)
+        command = launcher.mpirun_command(mpirun, num_ranks, program(), machine, spread, environ)
         return _attempt("mpirun", command, environ, num_ranks)
 
 
@@ -106,7 +106,7 @@ def _by_srun(num_ranks: int, per_node: int, allocation: Allocation) -> dict[str,
     cpus = (allocation.num_cpus_per_node or 1) // (allocation.num_tasks_per_node or 1)
     command = [srun, "--mpi=pmix", "--overlap", "--kill-on-bad-exit=1", f"--nodes={allocation.num_nodes}"]
     command += [f"--ntasks={num_ranks}", f"--ntasks-per-node={per_node}", f"--cpus-per-task={max(cpus, 1)}"]
-    return _attempt(name, [*command, *_program()], os.environ, num_ranks)
+    return _attempt(name, [*command, *program()], os.environ, num_ranks)
 
 
 def _plugins(srun: str) -> list[str]:
@@ -122,7 +122,7 @@ def _plugins(srun: str) -> list[str]:
 
 
 def _attempt(name: str, command: Sequence[str], environ: Mapping[str, str], num_ranks: int) -> dict[str, Any]:
-    heard, trouble = _listen(command, environ, _ALLOCATION_LIMIT_S)
+    heard, trouble = listen(command, environ, _ALLOCATION_LIMIT_S)
     if heard is None:
         return _failed(name, command, trouble)
     if heard["size"] != num_ranks:
@@ -139,12 +139,28 @@ def _failed(name: str, command: Sequence[str], trouble: str) -> dict[str, Any]:
     return {"name": name, "command": " ".join(command), "works": False, "trouble": trouble, **nothing}
 
 
-def _program() -> list[str]:
-    return [*python_command(), "-m", "hpcpipe.mpi.selftest"]
+def program(module: str = "hpcpipe.mpi.selftest") -> list[str]:
+    """Return the command that runs a module of this package in a rank."""
+    return [*python_command(), "-m", module]
 
 
-def _listen(command: Sequence[str], environ: Mapping[str, str], limit_s: float) -> tuple[dict[str, Any] | None, str]:
-    """Start the self-test; return what rank 0 said, and what went wrong."""
+def listen(command: Sequence[str], environ: Mapping[str, str], limit_s: float) -> tuple[dict[str, Any] | None, str]:
+    """Start ranks that print one JSON object.
+
+    Parameters
+    ----------
+    command : sequence of str
+        The launcher and its program.
+    environ : mapping
+        Its environment.
+    limit_s : float
+        Seconds after which everything is killed.
+
+    Returns
+    -------
+    (dict or None, str)
+        What rank 0 said, and what went wrong.
+    """
     from hpcpipe.cluster.banner import BannerFilter
 
     process = subprocess.Popen(

@@ -241,6 +241,7 @@ def test_doctor_tries_two_ranks() -> None:
     assert report["mpi"]["works"] is True
     assert "Open MPI" in report["mpi"]["library"]
     assert {"mpi", "cores", "features", "slurm", "recovery"} <= set(report)
+    assert report["recovery"]["works"] is True
     assert report["mpi"]["threads"] >= 1
     assert f"2 ranks with {report['mpi']['threads']} thread" in report["mpi"]["cores"]
     kernels = report["kernels"]

@@ -27,3 +27,4 @@ def test_doctor_tries_both_launchers_over_the_nodes(desk: Desk) -> None:
         assert attempt["works"], attempt["trouble"]
         assert [(node["name"], node["ranks"]) for node in attempt["nodes"]] == [("n1", 2), ("n2", 2)]
         assert all("2 ranks with" in node["cores"] for node in attempt["nodes"])
+    assert report["recovery"]["works"], report["recovery"]["trouble"]

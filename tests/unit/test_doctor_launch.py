@@ -121,7 +121,7 @@ def test_what_does_not_work_is_a_problem_only_where_the_batch_script_needs_it(
         "features": [],
         "memory_bytes": {"total_bytes": 2**30, "available_bytes": 2**30},
         "slurm": {"job_id": 7, "num_nodes": 2, "node_list": "n[1-2]"},
-        "recovery": "none",
+        "recovery": {"works": False, "seconds": None, "trouble": "none"},
         "versions": {"hpcpipe": "1"},
         "kernels": None,
         "problems": problems,
