@@ -64,16 +64,20 @@ class Channel:
         How to send.
     tally : Tally, optional
         Counts the content of the messages.
+    kind : str
+        What they are called by faults that are injected into what has arrived; empty: they are left alone.
     """
 
-    def __init__(self, comm: MPI.Intracomm, waiter: Waiter, mode: MessageMode, tally: Tally | None = None) -> None:
+    def __init__(
+        self, comm: MPI.Intracomm, waiter: Waiter, mode: MessageMode, tally: Tally | None = None, kind: str = ""
+    ) -> None:
         self._comm = comm
         self._waiter = waiter
         self._mode = mode
         self._delays = random.Random(comm.rank)
         self._processes = process_numbers(comm)
         self._pending: dict[Hashable, tuple[MPI.Request, Other]] = {}
-        self._tally = tally
+        self._tally, self._kind = tally, kind
         self._arriving: dict[Hashable, tuple[int, np.ndarray]] = {}
 
     def post_receive(self, name: Hashable, buffer: np.ndarray, source: int, tag: int) -> None:
@@ -121,7 +125,8 @@ class Channel:
         if name not in self._arriving:
             return
         source, buffer = self._arriving.pop(name)
-        hooks.corrupt("message", [buffer], getattr(name, "microbatch", None))
+        if self._kind:
+            hooks.corrupt(self._kind, [buffer], getattr(name, "microbatch", None))
         if self._tally is not None:
             self._tally.add_received(source, buffer)
 

@@ -79,7 +79,10 @@ class ShardExchange:
         tally: Tally | None = None,
     ) -> None:
         self._rank, self._size = comm.rank, comm.size
-        self._channels = {True: Channel(comm, waiter, mode, tally), False: Channel(comm, waiter, mode)}
+        # What shards are completed by is compared when it has arrived everywhere, not message by message.
+        self._channels = {
+            is_sum: Channel(comm, waiter, mode, tally if is_sum else None, "message") for is_sum in (True, False)
+        }
         # Every rank starts with another peer, so that no rank gets the messages of all others at once.
         self._peers = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
         self._window = message_elements(comm.size)

@@ -5,6 +5,7 @@ Nothing here changes a bit of a run in which nothing goes wrong; docs/numbers.md
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, NoReturn
@@ -14,7 +15,8 @@ import numpy as np
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import HpcpipeError, Interruption, NumericsError, RankError, Rewind
 from hpcpipe.kernels.digest import digest
-from hpcpipe.mpi.collectives import gather_rows
+from hpcpipe.mpi.collectives import barrier, gather_rows
+from hpcpipe.mpi.crew import CommunicationError
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.mpi.tally import Tally, differing_links
 from hpcpipe.mpi.wait import Waiter
@@ -332,17 +334,24 @@ class Guard:
     def _rewind(self, cause: str, to_step: int) -> NoReturn:
         to_step = max(0, to_step)
         self._tell(REWOUND, step=self._step, to_step=to_step, cause=cause)
+        self._meet()
         raise Rewind(cause, to_step)
 
     def _interrupt(self, cause: str) -> NoReturn:
         """Leave the step on all ranks, to go on from an earlier state or, where nobody can, to end the run."""
         if self._recovers:
+            self._meet()
             raise Interruption(cause)
         error: HpcpipeError = RankError(
             f"{cause}: nothing was updated, and this run cannot restore its state while it runs; run the same command"
             " again to go on from the last checkpoint"
         )
         raise error.on_all()
+
+    def _meet(self) -> None:
+        """Wait until all ranks know what this one knows: the first that leaves breaks off what the others wait for."""
+        with suppress(CommunicationError):
+            barrier(self._grid.comm, self._waiter)
 
 
 def new_tallies(config: Config) -> tuple[Tally, Tally] | tuple[None, None]:

@@ -171,7 +171,7 @@ class ActionGuard:
             _PARTS[kind],
             stage,
             None if microbatch == _NONE else self._global(rank, microbatch),
-            "" if layer == _NONE else self._model[layer].prefix.rstrip("."),
+            "" if layer == _NONE else self._model[layer].prefix.rstrip("/"),
         )
 
     def _choose(self, step: int) -> tuple[int, tuple[int, int]]:

@@ -141,7 +141,7 @@ class Trainer:
             begin=waiter.watch.begin,
             end=waiter.watch.end,
         )
-        channel = Channel(grid.pipeline_comm, waiter, mode, in_pipeline)
+        channel = Channel(grid.pipeline_comm, waiter, mode, in_pipeline, "message")
         self.stages = state.compute_stages(config.parallel.microbatch_size, config.train.recompute, timed=True)
         self.before_update: Callable[[], None] = lambda: None
         self._executor = Executor(
