@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hpcpipe.cli import launch, train
+from hpcpipe.cli import train
 from hpcpipe.cli.parser import Parser
 from hpcpipe.cluster import batch, slurm
 from hpcpipe.cluster.batch import Attempts, Verdict
@@ -30,7 +30,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument("--ranks", type=int, required=True, help="ranks that the job was submitted for")
     parser.add_argument("--cpus", type=int, default=1, help="processors of each rank")
     parser.add_argument("--spare-nodes", type=int, default=0, help="nodes left idle until another is lost")
-    parser.add_argument("--spares", type=int, default=0, help="ranks that stand by")
+    parser.add_argument("--spares", type=int, default=0, help="how many of the ranks stand by")
+    parser.add_argument("--recovery", choices=("on", "off", ""), default="", help="of hpcpipe launch")
     parser.add_argument("--max-idle", type=int, default=3, help="attempts in a row without a newer checkpoint")
     parser.add_argument("--code", type=int, default=0, help="exit code of hpcpipe launch")
     parser.add_argument("--warned", action="store_true", help="Slurm has told the job that it will end")
@@ -97,16 +98,17 @@ def begin(args: argparse.Namespace) -> str:
     if not places:
         raise UsageError(f"no number of ranks fits on what is left of {allocation.node_list}")
     # Wrong arguments must not leave a directory behind: `launch` will refuse them.
-    if directory.is_dir() or is_valid(args.arguments, sum(places.values())):
+    num_ranks = sum(places.values()) - args.spares
+    if directory.is_dir() or is_valid(args.arguments, num_ranks):
         attempts.write(path)
     if before is None and allocation.restart_count == 0:
         again = []
     else:
         again = ["--resume", "auto"]
         _say(f"goes on from step {step}; attempts in a row without a newer checkpoint: {attempts.idle}")
-    words = ["launch", "-n", str(sum(places.values()))]
+    words = ["launch", "-n", str(num_ranks)]
     words += [f"--mpirun-arg={arg}" for arg in [*args.mpirun_args, *_hosts(places, args, attempts.lost)]]
-    return "".join(f"{word}\0" for word in [*words, *_spares(args.spares), "train", *args.arguments, *again])
+    return "".join(f"{word}\0" for word in [*words, *_recovery(args), "train", *args.arguments, *again])
 
 
 def end(args: argparse.Namespace) -> str:
@@ -209,7 +211,7 @@ def _file(directory: Path, job: str) -> Path:
 
 
 def _places(args: argparse.Namespace, allocation: slurm.Allocation, lost: Sequence[str]) -> dict[str, int]:
-    """Lay the ranks on the nodes that are left."""
+    """Lay the ranks on the nodes that are left, those that stand by included."""
     nodes = batch.host_names(allocation.node_list)
     per_node = allocation.num_tasks_per_node or -(-args.ranks // max(allocation.num_nodes, 1))
     wanted = args.ranks
@@ -223,7 +225,12 @@ def _places(args: argparse.Namespace, allocation: slurm.Allocation, lost: Sequen
     left = [name for name in nodes if name not in lost]
     if not left:
         return {}
-    return batch.choose_ranks(left, wanted, per_node, room, partial(is_valid, args.arguments))
+    return batch.choose_ranks(left, wanted, per_node, room, partial(_are_enough, args.arguments, args.spares))
+
+
+def _are_enough(arguments: Sequence[str], num_spares: int, num_processes: int) -> bool:
+    """Tell whether a run can have so many processes of which some stand by."""
+    return num_processes > num_spares and is_valid(arguments, num_processes - num_spares)
 
 
 def _hosts(places: dict[str, int], args: argparse.Namespace, lost: Sequence[str]) -> list[str]:
@@ -233,16 +240,10 @@ def _hosts(places: dict[str, int], args: argparse.Namespace, lost: Sequence[str]
     return ["--host", ",".join(f"{name}:{count}" for name, count in places.items())]
 
 
-def _spares(count: int) -> list[str]:
-    """Ask ``launch`` for ranks that stand by, where it knows of these."""
-    if not count:
-        return []
-    verbs: argparse._SubParsersAction[Any] = Parser(prog="hpcpipe").add_subparsers()
-    launch.add_parser(verbs)
-    if "--spares" in verbs.choices["launch"].format_help():
-        return ["--spares", str(count)]
-    _say(f"HPCPIPE_SPARES={count} is ignored: `hpcpipe launch` of this version has no spare ranks")
-    return []
+def _recovery(args: argparse.Namespace) -> list[str]:
+    """Return the options of ``launch`` about ranks that fail."""
+    spares = ["--spares", str(args.spares)] if args.spares else []
+    return [*spares, *(["--recovery", args.recovery] if args.recovery else [])]
 
 
 def _status(directory: Path, allocation: slurm.Allocation) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """What ``mpirun`` prints about ranks and nodes that failed, turned from its standard error into facts.
 
 When a rank ends badly or a node is lost, ``mpirun`` prints a block between two lines of dashes. The run itself has
-mostly said by then what went wrong, and the block hides it. Ranks that survive one print lines of Open MPI's libnbc,
-which say nothing that they do not know. Everything else passes unchanged, in order.
+mostly said by then what went wrong, and the block hides it. Ranks that survive one print lines of Open MPI's libraries
+that say nothing that they do not know. Everything else passes unchanged, in order.
 """
 
 import re
@@ -25,17 +25,16 @@ _BLOCKS = (
     rb"\S+ has lost communication with a remote daemon\.\n\n  HNP daemon   : [^\n]*\n"
     rb"  Remote daemon: \S+ on node (?P<lost_node>\S+)\n\n(?:[^\n]+\n){4}",
 )
-_BROKEN_OFF = b"NBC_Progress: an error "
+_NOISE = (
+    # Of collectives that were under way; 75 to 77: a rank has died, or the communicator was revoked.
+    rb"NBC_Progress: an error 7[567] was found during schedule \S+ at row-offset -?\d+ - aborting the schedule\n\n?",
+    # Of PMIx and libevent, about one in a hundred times that a rank leaves without MPI_Finalize.
+    rb"\[[^\]\s]+:\d+\] pmix_ptl_base: send_msg: write failed: Broken pipe [^\n]*\n",
+    rb"\[warn\] Epoll (?:ADD|MOD|DEL)\(\d+\) on fd \d+ failed\. [^\n]*Bad file descriptor\n",
+)
+_NOISE_STARTS = (b"NBC_Progress: an error ", b"[")
 _BANNER = re.compile(
-    _RULE
-    + b"(?:"
-    + b"|".join(_BLOCKS)
-    + b")"
-    + _RULE
-    + rb"\x00?|"
-    # 75 to 77: a rank has died, perhaps with messages under way, or the communicator was revoked.
-    + _BROKEN_OFF
-    + rb"7[567] was found during schedule \S+ at row-offset -?\d+ - aborting the schedule\n\n?"
+    _RULE + b"(?:" + b"|".join(_BLOCKS) + b")" + _RULE + rb"\x00?|^(?:" + b"|".join(_NOISE) + b")", re.MULTILINE
 )
 _FIRST_WORDS = re.compile(
     rb"\S* (?:detected that one or more processes|noticed that process rank|has exited due to process rank"
@@ -64,7 +63,7 @@ class Failure:
 
 
 class BannerFilter:
-    """A stream filter that takes out ``mpirun``'s blocks about failed ranks and lost nodes, and libnbc's lines.
+    """A stream filter that takes out ``mpirun``'s blocks about failed ranks and lost nodes, and lines of no use.
 
     Text that cannot belong to a block leaves at once, also unfinished lines. Text that may become one is held
     until it is complete, or until `release`.
@@ -98,7 +97,7 @@ class BannerFilter:
         bytes
             Text to show, in order.
         """
-        # A zero byte ends a block and an empty line libnbc's, often in a write of its own.
+        # A zero byte ends a block and an empty line one of libnbc, often in a write of its own.
         if chunk:
             chunk, self._ending = chunk.removeprefix(self._ending), b""
         text, self._held = self._held + chunk, b""
@@ -109,8 +108,8 @@ class BannerFilter:
             is_block = match[0].startswith(_RULE)
             if is_block:
                 self.failures.append(_failure(match))
-            ending = b"\0" if is_block else b"\n"
-            self._ending = ending if not text and not match[0].endswith(2 * b"\n") else b""
+            may_go_on = not text and (is_block or (match[0].startswith(b"N") and not match[0].endswith(b"\n\n")))
+            self._ending = (b"\0" if is_block else b"\n") if may_go_on else b""
         start = _possible_start(text)
         self._held = text[start:]
         return b"".join([*shown, text[:start]])
@@ -135,14 +134,14 @@ def _failure(match: re.Match[bytes]) -> Failure:
 
 
 def _possible_start(text: bytes) -> int:
-    """Return where a block or libnbc's line may have begun; the length of the text where none has."""
+    """Return where a block or a line of no use may have begun; the length of the text where none has."""
     start = text.find(_RULE, max(0, len(text) - _LONGEST))
     while start >= 0:
         if _may_be_block(text[start + len(_RULE) :]):
             return start
         start = text.find(_RULE, start + 1)
     line = text[text.rfind(b"\n") + 1 :]
-    if line and line.startswith(_BROKEN_OFF[: len(line)]):
+    if line and any(line.startswith(start[: len(line)]) for start in _NOISE_STARTS):
         return len(text) - len(line)
     num_dashes = len(text) - len(text.rstrip(b"-"))
     return len(text) - min(num_dashes, len(_RULE) - 1)

@@ -59,7 +59,7 @@ def dead_processes(comm: MPI.Intracomm) -> list[int]:
 
 
 def fault_tolerance_note(num_processes: int) -> str:
-    """Say in a sentence why the run cannot go on when a rank fails; empty if it can.
+    """Say that and why the run cannot go on when a rank fails, to be read on from "recovery:"; empty if it can.
 
     Parameters
     ----------
@@ -72,4 +72,4 @@ def fault_tolerance_note(num_processes: int) -> str:
         "MPI's fault tolerance was not asked for when the ranks were started; `hpcpipe launch` does, as does"
         " `mpirun --with-ft ulfm` of Open MPI 5"
     )
-    return f"in-job recovery is off: {why}. If a rank fails the run ends, and goes on at the next start"
+    return f"off ({why}): if a rank fails the run ends, and goes on from its newest checkpoint at the next start"

@@ -273,11 +273,18 @@ def test_too_many_spare_nodes(slurm: Path, capsys: pytest.CaptureFixture[str]) -
     assert "3 spare of 3 nodes leave none to train on" in told
 
 
-def test_spare_ranks_are_said_to_be_of_a_later_version(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, words, told = Job(slurm, capsys, "--spares=2").ask("begin")
-    assert code == 0
-    assert "HPCPIPE_SPARES=2 is ignored" in told
-    assert "--spares" not in words
+def test_some_of_the_ranks_stand_by(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = Job(slurm, capsys, "--spares=2").begin()
+    assert words[:5] == ["launch", "-n", "4", "--spares", "2"]
+    job = Job(slurm, capsys, "--spares=2", "--spare-nodes=1", "--recovery=on")
+    assert job.begin()[2:8] == ["2", "--mpirun-arg=--host", "--mpirun-arg=n1:2,n2:2", "--spares", "2", "--recovery"]
+
+
+def test_whether_ranks_survive_each_other_is_for_the_job_to_say(
+    slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--recovery" not in Job(slurm, capsys, "--recovery=").begin()
+    assert Job(slurm, capsys, "--recovery=off").begin()[3:5] == ["--recovery", "off"]
 
 
 def test_attempts_without_progress_end_the_job(job: Job) -> None:

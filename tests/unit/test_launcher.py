@@ -291,7 +291,17 @@ def test_lines_that_survivors_cannot_help_are_dropped(size: int) -> None:
     assert [failure.rank for failure in banners.failures] == [1]
 
 
-def test_other_errors_of_collectives_stay() -> None:
-    line = BROKEN_OFF.replace(b"75", b"15")
+@pytest.mark.parametrize("size", [1, 4096])
+@pytest.mark.parametrize(
+    "line",
+    [
+        BROKEN_OFF.replace(b"75", b"15"),
+        b"[n1:12] pmix: other news\n",
+        b"[warn] other\n",
+        b"[1,0]<stderr>: x\n",
+        b"a [n1:1",
+    ],
+)
+def test_other_lines_of_libraries_stay(line: bytes, size: int) -> None:
     banners = BannerFilter()
-    assert banners.feed(line) + banners.release() == line
+    assert b"".join(banners.feed(line[i : i + size]) for i in range(0, len(line), size)) + banners.release() == line

@@ -77,10 +77,11 @@ def test_facts_of_the_job_reach_the_decisions_and_their_words_the_command(
 ) -> None:
     stand_in(tmp_path, 'printf "%s|" "$@"')
     environ |= {"SLURM_CPUS_PER_TASK": "4", "HPCPIPE_SPARES": "2", "HPCPIPE_SPARE_NODES": "1"}
+    environ["HPCPIPE_RECOVERY"] = "on"
     result = submit(environ | {"HPCPIPE_MAX_IDLE_RESTARTS": "5"}, "c.toml", "--set", "run.name=x")
     assert result.returncode == 0
     assert "launch|train|a b|" in result.stdout
-    facts = "--job 7 --ranks 6 --cpus 4 --spare-nodes 1 --spares 2 --max-idle 5"
+    facts = "--job 7 --ranks 6 --cpus 4 --spare-nodes 1 --spares 2 --recovery on --max-idle 5"
     site = "--mpirun-arg=--mca --mpirun-arg=pml --mpirun-arg=ucx"
     assert (tmp_path / "asked").read_text().splitlines() == [
         f"batch begin {facts} {site} c.toml --set run.name=x",
