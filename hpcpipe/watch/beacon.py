@@ -21,6 +21,7 @@ from hpcpipe.watch.layout import (
     IDENTITY_AT,
     NOTES_AT,
     OVER,
+    PACE_AT,
     RECORD,
     RECORD_BYTES,
     RING_RECORDS,
@@ -39,6 +40,7 @@ from hpcpipe.watch.layout import (
     write_text,
 )
 from hpcpipe.watch.memory import MemoryFile
+from hpcpipe.watch.pace import Pace
 
 _FIRST_STEPS = 5
 _SAFETY = 5
@@ -149,7 +151,8 @@ class Beacon(NoBeacon):
         self._waits_for, self._is_told = 0, False
         self._wait_began = self._began = self._event = _monotonic_ns()
         self._step = self._epoch = self._num_steps = 0
-        self._hang_ns = self._expected_ns = self._longest_ns = self._limit_ns = self._busy_ns = 0
+        self._hang_ns = self._expected_ns = self._longest_ns = self._limit_ns = self._waited_ns = 0
+        self._pace, self._step_began, self._waited_before = Pace(), self._event, 0
         self._next_look = self._event + _LOOK_NS
         self._num_notes = memory.num_notes
         self._stacks = _register_stacks()
@@ -192,6 +195,10 @@ class Beacon(NoBeacon):
         """Say that a step begins."""
         now = _monotonic_ns()
         self._num_steps += 1
+        if self._num_steps > 1:
+            own_ns = now - self._step_began - (self._waited_ns - self._waited_before)
+            struct.pack_into("<d", self._slot, PACE_AT, self._pace.add(own_ns * 1e-9))
+        self._step_began, self._waited_before = now, self._waited_ns
         if self._num_steps == _FIRST_STEPS + 1:
             self._set_limit()
         self._step, self._kind, self._stage, self._microbatch, self._waits_for = step, 0, -1, -1, 0
@@ -204,7 +211,8 @@ class Beacon(NoBeacon):
     def epoch(self, epoch: int, role: int) -> None:
         """Say how many recoveries there were, and which rank this process is now; drop requests that are fulfilled."""
         self._epoch = epoch
-        struct.pack_into("<q", self._slot, ROLE_AT, role + 1)
+        self._pace = Pace()
+        struct.pack_into("<qd", self._slot, ROLE_AT, role + 1, 0.0)
         if self._command[0] & 0xFF == Command.RESET:
             self._heard = self._command[0]
 
@@ -218,7 +226,6 @@ class Beacon(NoBeacon):
         """Say that it is done."""
         now = _monotonic_ns()
         interval = now - self._event
-        self._busy_ns += interval
         if interval > self._longest_ns:
             self._stretch(interval)
         self._event = now
@@ -251,11 +258,10 @@ class Beacon(NoBeacon):
         if stage >= 0:
             microbatch = getattr(name, "microbatch", -1)
         self._record(code | WAITED, stage, microbatch, peer, tag, 0, start, now)
+        self._waited_ns += now - start
         if self._waits_for:
             self._waits_for = 0
             self._show(now)
-        elif self._kind:
-            self._busy_ns -= now - start
 
     def close(self, *, has_failed: bool = False) -> None:
         """Say that this rank's part is over, well or with an error."""
@@ -272,7 +278,7 @@ class Beacon(NoBeacon):
         _pack_state(
             self._slot, STATE_AT, head, self._phase, self._kind, self._waits_for, self._stage, self._microbatch,
             wait_stage, wait_microbatch, peer, tag, self._step, self._epoch, now, self._began, self._limit_ns,
-            self._busy_ns, head,
+            self._waited_ns, head,
         )  # fmt: skip
 
     def _record(

@@ -40,7 +40,7 @@ IDENTITY = struct.Struct("<qqqqqqq")
 
 STATE_AT = 64
 STATE = struct.Struct("<qBBBxiiiiiiiixxxxqqqqq")
-"""Head, phase, kind, wait, eight numbers, the times event, begin, limit, busy (ns), and the tail: see `State`."""
+"""Head, phase, kind, wait, eight numbers, the times event, begin, limit, waited (ns), and the tail: see `State`."""
 
 ALIVE_AT = 192
 """Last sign of life of a rank that waits (monotonic ns)."""
@@ -50,6 +50,9 @@ COMMAND_AT = 256
 
 ROLE_AT = 264
 """The rank that the process is in the grid, plus 1; 0 for a spare."""
+
+PACE_AT = 272
+"""How many times longer than usual its own part of a step takes, as f64; 0 while that is not known."""
 
 WAIT_TEXT_AT = 512
 WAIT_TEXT_BYTES = 256
@@ -166,8 +169,8 @@ class State:
         When this last changed, and when the action began; on the monotonic clock.
     limit_ns : int
         How long the rank may stay as it is; 0: for ever.
-    busy_ns : int
-        Time that it has spent in actions so far, waits left out.
+    waited_ns : int
+        Time that it has waited so far.
     """
 
     events: int
@@ -185,7 +188,7 @@ class State:
     event_ns: int
     begin_ns: int
     limit_ns: int
-    busy_ns: int
+    waited_ns: int
 
 
 @dataclass(frozen=True, order=True)

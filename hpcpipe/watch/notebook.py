@@ -148,6 +148,12 @@ class Notebook:
         self._event("straggler", cause=cause, **{**_facts(rank), "seconds": round(seconds, 3), "why": why})
         self._print(f"straggler: {cause}, and goes on", [rank])
 
+    def slow(self, rank: Rank) -> None:
+        """Record that a rank has become slower."""
+        cause = f"{rank.name} takes {rank.pace:.1f} times as long as before for its own part of a step"
+        self._event("straggler", cause=cause, **_facts(rank), factor=round(rank.pace, 2))
+        self._print(f"straggler: {cause}", [rank])
+
     def lost(self, ranks: Sequence[Rank], flights: Mapping[int, bytes]) -> None:
         """Keep the flight recorders after deaths."""
         name = self.new_name()

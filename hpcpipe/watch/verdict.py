@@ -2,12 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from hpcpipe.watch.layout import Phase, State
 from hpcpipe.watch.process import IN_KERNEL, STOPPED, TRACED
 
 _DEVICE_PATIENCE = 6.0
 _ALIVE_S = 2.0
+SLOW, _STEADY = 2.0, 1.5
+"""How many times longer than usual is slow, and what the others may take without being slow too."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Rank:
         State of the process, a letter as in proc(5).
     waits_for : str
         In its own words; empty where it has not said so.
+    pace : float
+        How many times longer than usual its own part of a step takes; 0: not known.
     """
 
     process: int
@@ -39,6 +44,7 @@ class Rank:
     role: int = -1
     mode: str = "S"
     waits_for: str = ""
+    pace: float = 0.0
 
     @property
     def name(self) -> str:
@@ -118,6 +124,15 @@ def is_straggling(rank: Rank) -> bool:
     """Return whether a rank has been still for longer than ever before, and than a fifth of what makes it a hang."""
     still_s = rank.silent_s if rank.state.wait else rank.quiet_s
     return rank.limit_s > 0 and still_s > rank.limit_s / 5
+
+
+def find_slow(ranks: Sequence[Rank]) -> list[Rank]:
+    """Return the ranks whose own part of a step takes twice as long as before, while that of the others does not."""
+    training = [rank for rank in ranks if rank.state.phase is Phase.TRAIN and rank.pace]
+    others = [rank.pace for rank in training if rank.pace < SLOW]
+    if not others or len(others) < len(training) / 2 or median(others) > _STEADY:
+        return []
+    return [rank for rank in training if rank.pace >= SLOW]
 
 
 def _is_stuck(rank: Rank) -> bool:

@@ -36,8 +36,9 @@ from hpcpipe.watch.layout import (
     write_text,
 )
 from hpcpipe.watch.memory import MemoryFile, memory_name, remove_leftovers
+from hpcpipe.watch.pace import Pace
 from hpcpipe.watch.story import tell
-from hpcpipe.watch.verdict import Rank, find_culprits, is_deadlock, is_straggling
+from hpcpipe.watch.verdict import Rank, find_culprits, find_slow, is_deadlock, is_straggling
 
 RECEIVE = Action(Kind.RECV_F, 2, 1)
 
@@ -308,6 +309,27 @@ class TestCulprits:
     def test_stragglers_are_found_long_before(self):
         assert not is_straggling(rank(0, 1.9)) and is_straggling(rank(0, 2.1))
         assert not is_straggling(rank(0, 9.0, peer=1)) and is_straggling(rank(0, 9.0, peer=1, silent_s=2.1))
+
+
+class TestPace:
+    def paces(self, *times):
+        pace = Pace()
+        return [pace.add(one) for one in times]
+
+    def test_a_rank_that_gets_slower_is_known_three_steps_later(self):
+        paces = self.paces(9.0, 9.0, *[1.0] * 7, *[3.0] * 5)
+        assert paces[10] == 1.0 and paces[11] == 3.0 and paces[13] == 3.0
+
+    def test_single_steps_do_not_count_and_nothing_is_said_of_the_first(self):
+        assert self.paces(*[1.0] * 10) == [0.0] * 10
+        assert self.paces(*[1.0] * 11, 50.0, 50.0, 1.0)[-4:] == [1.0] * 4
+
+    def test_only_who_is_slower_than_the_others_is_blamed(self):
+        def slow(*paces):
+            return [one.process for one in find_slow([replace(rank(n), pace=pace) for n, pace in enumerate(paces)])]
+
+        assert slow(1.0, 3.0, 1.1) == [1]
+        assert slow(1.0, 1.9) == [] == slow(3.0, 2.5) == slow(1.6, 3.0, 1.8) == slow(3.0, 0.0)
 
 
 class TestDeadlocks:

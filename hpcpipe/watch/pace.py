@@ -1,0 +1,34 @@
+"""How a rank's own part of a step compares with what it usually takes."""
+
+from collections import deque
+from statistics import median
+
+_RECENT = 5
+_USUAL = 40
+_FEWEST = 4
+_COLD = 2
+
+
+class Pace:
+    """Compares the last steps with those before them, by medians, so that one slow step does not count."""
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._times: deque[float] = deque(maxlen=_RECENT + _USUAL)
+
+    def add(self, own_s: float) -> float:
+        """Take a step's time without waits; return how many times longer the last ones took than those before.
+
+        Returns
+        -------
+        float
+            0 while too few steps are known.
+        """
+        self._num_steps += 1
+        if self._num_steps > _COLD:
+            self._times.append(own_s)
+        if len(self._times) < _RECENT + _FEWEST:
+            return 0.0
+        times = list(self._times)
+        usual = median(times[:-_RECENT])
+        return median(times[-_RECENT:]) / usual if usual > 0 else 0.0
