@@ -1,0 +1,156 @@
+"""Copies of a rank's state in its own and its neighbour's memory, and moves between processes."""
+
+import numpy as np
+import pytest
+from support.hard_messages import MODE
+
+from hpcpipe.kernels.digest import digest
+from hpcpipe.mpi.channel import Channel
+from hpcpipe.mpi.wait import Waiter
+from hpcpipe.recovery.copies import Copies, kept_by, neighbour_of
+from hpcpipe.recovery.transfer import Entry, Parts, carry_out, plan_moves
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+# Empty ones, and more than one chunk and one message.
+SIZES = (3, 0, 70_000, 1, 200_001)
+
+
+def sizes_of(rank):
+    return [size + 5 * rank for size in SIZES]
+
+
+def state_of(rank, step):
+    """The parts of a rank after a step."""
+    rng = np.random.default_rng([rank, step])
+    return [rng.standard_normal(size, np.float32) for size in sizes_of(rank)]
+
+
+def make(comm, every=1, *, knows=True):
+    """A rank's live parts, and their copies."""
+    live = state_of(comm.rank, 0)
+    left = kept_by(comm.rank, comm.size, 1)
+
+    def digests(step):
+        return [digest(part) for part in state_of(comm.rank, step)] if knows else ()
+
+    copies = Copies(live, left, sizes_of(left), every, digests)
+    waiter = Waiter(60.0)
+    waiter.background.append(copies.advance)
+    copies.connect(Channel(comm, waiter, MODE), neighbour_of(comm.rank, comm.size, 1), left)
+    return live, copies
+
+
+def update(live, rank, step):
+    for part, new in zip(live, state_of(rank, step), strict=True):
+        part[...] = new
+
+
+def flat(rank, step):
+    return np.concatenate(state_of(rank, step))
+
+
+def test_the_two_newest_versions_are_kept(comm):
+    live, copies = make(comm)
+    left = kept_by(comm.rank, comm.size, 1)
+    for step in range(6):
+        update(live, comm.rank, step)
+        copies.begin(step)
+        for _ in range(step):
+            copies.advance()
+        if step:
+            assert copies.own(step - 1).tobytes() == flat(comm.rank, step - 1).tobytes()
+            assert copies.held(step - 1).tobytes() == flat(left, step - 1).tobytes()
+        copies.finish()
+        assert sorted(copies.own_steps) == sorted(copies.held_steps) == sorted([max(step - 1, -1), step])
+        assert copies.own(step).tobytes() == flat(comm.rank, step).tobytes()
+        assert copies.held(step).tobytes() == flat(left, step).tobytes()
+    assert copies.drop_damaged() == []
+
+
+def test_a_copy_now_and_then(comm):
+    live, copies = make(comm, every=3)
+    for step in range(8):
+        update(live, comm.rank, step)
+        copies.begin(step)
+        copies.finish()
+    assert sorted(copies.own_steps) == sorted(copies.held_steps) == [3, 6]
+
+
+def test_what_was_under_way_is_forgotten_with_the_channel(comm):
+    live, copies = make(comm)
+    copies.take(0)
+    update(live, comm.rank, 1)
+    copies.begin(1)
+    copies.finish()
+    copies.begin(2)
+    duplicate = comm.Dup()
+    # As after a failure: the other end has gone.
+    waiter = Waiter(60.0)
+    copies.finish()
+    copies.connect(
+        Channel(duplicate, waiter, MODE), neighbour_of(comm.rank, comm.size, 1), kept_by(comm.rank, comm.size, 1)
+    )
+    copies.forget_after(1)
+    assert sorted(copies.own_steps) == [-1, 1]
+    copies.take(1)
+    assert copies.own(1).tobytes() == flat(comm.rank, 1).tobytes()
+    duplicate.Free()
+
+
+def test_damaged_versions_are_dropped(comm):
+    live, copies = make(comm)
+    for step in (0, 1):
+        update(live, comm.rank, step)
+        copies.take(step)
+    copies.own(0).view(np.uint32)[5] ^= 1 << 30
+    copies.held(1).view(np.uint32)[-1] ^= 1
+    left = kept_by(comm.rank, comm.size, 1)
+    assert copies.drop_damaged() == ["own copy of step 0", f"copy of step 1 of rank {left}"]
+    assert sorted(copies.own_steps) == [-1, 1]
+    assert sorted(copies.held_steps) == [-1, 0]
+    assert copies.digests(0) == [digest(part) for part in state_of(left, 0)]
+
+
+def test_a_copy_of_a_damaged_state_is_dropped_everywhere(comm):
+    live, copies = make(comm)
+    copies.take(0)
+    update(live, comm.rank, 1)
+    if comm.rank == 1:
+        live[2].view(np.uint32)[123] ^= 1 << 30
+    copies.take(1)
+    found = copies.drop_damaged()
+    assert (1 in copies.own_steps) == (comm.rank != 1)
+    assert (1 in copies.held_steps) == (kept_by(comm.rank, comm.size, 1) != 1)
+    assert bool(found) == (comm.rank == 1 or kept_by(comm.rank, comm.size, 1) == 1)
+
+
+def test_without_digests_nothing_is_dropped(comm):
+    _, copies = make(comm, knows=False)
+    copies.take(0)
+    copies.own(0)[0] += 1
+    assert copies.drop_damaged() == []
+
+
+def test_parts_travel_to_whoever_wants_them(comm):
+    size, num = 1000, comm.size
+    held = {role: [Entry("a", "weight", role * size, (role + 1) * size, 7)] for role in range(num)}
+    # Everybody wants a stretch over the end of what its right neighbour holds; the last one wants all.
+    wanted = {
+        rank: [Entry("a", "weight", rank * size + 10, min((rank + 1) * size + 10, num * size), 0)]
+        for rank in range(num)
+    }
+    wanted[num - 1].append(Entry("a", "weight", 0, num * size, 0))
+    # What rank r held is with the rank before it.
+    holders = {role: (role - 1) % num for role in range(num)}
+    whole = np.arange(num * size, dtype=np.float32)
+    sources = {
+        role: Parts([np.zeros(7, np.float32), whole[role * size : (role + 1) * size]])
+        for role, holder in holders.items()
+        if holder == comm.rank
+    }
+    targets = [np.zeros(entry.stop - entry.start, np.float32) for entry in wanted[comm.rank]]
+    channel = Channel(comm, Waiter(60.0), MODE)
+    carry_out(plan_moves(held, wanted), holders, sources, targets, channel, comm.rank)
+    for entry, target in zip(wanted[comm.rank], targets, strict=True):
+        np.testing.assert_array_equal(target, whole[entry.start : entry.stop])
