@@ -95,9 +95,9 @@ class TellingWaiter(Waiter):
         super().__init__(60.0)
         self.told = []
 
-    def wait(self, requests, what):
+    def wait(self, requests, what, *other):
         self.told.append(what())
-        super().wait(requests, what)
+        super().wait(requests, what, *other)
 
 
 def test_what_is_waited_for_has_a_name(comm):
