@@ -29,12 +29,13 @@ from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.collectives import barrier, broadcast_bytes, gather_rows
 from hpcpipe.mpi.runtime import World
 from hpcpipe.train.cadence import Cadence
-from hpcpipe.train.checkpoints import Checkpoints, WriterMemory
+from hpcpipe.train.checkpoints import Checkpoints
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.leave import leaving_together
 from hpcpipe.train.load import load_state
 from hpcpipe.train.setup import Setup, agree_on_setup, require_own_memory
 from hpcpipe.train.state import build_state
+from hpcpipe.train.writer_memory import WriterMemory
 
 _BLOCK = "8M"
 _WAIT_S = 600.0

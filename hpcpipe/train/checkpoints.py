@@ -15,16 +15,15 @@ from typing import Any
 import numpy as np
 
 from hpcpipe.checkpoint.layout import partial_name, step_name
-from hpcpipe.checkpoint.process import WriterProcess
 from hpcpipe.checkpoint.snapshot import Snapshot, snapshot_bytes
 from hpcpipe.errors import BY_CODE, DiskError, ExitCode
 from hpcpipe.faults import hooks
-from hpcpipe.memory.shared import SharedBlock
 from hpcpipe.mpi.collectives import broadcast_bytes, gather_bytes, gather_bytes_at, gather_rows
 from hpcpipe.train.cadence import Cadence, Costs
-from hpcpipe.train.save import SNAPSHOT, header_of, piece_arrays, piece_specs
+from hpcpipe.train.save import header_of, piece_arrays, piece_specs
 from hpcpipe.train.session import Session
 from hpcpipe.train.state import State
+from hpcpipe.train.writer_memory import WriterMemory
 
 _LONGEST_WRITE_S = 3600.0
 # A rank whose own writer does not answer gives up before the others do, and says why.
@@ -47,56 +46,6 @@ class Answer(IntEnum):
     NONE = 0
     DONE = 1
     FAILED = 2
-
-
-class WriterMemory:
-    """A writer process and the memory that it shares with its rank; made before MPI starts.
-
-    Attributes
-    ----------
-    process : WriterProcess
-        The process.
-    is_busy : bool
-        Whether it is writing a checkpoint that ranks wait for.
-    """
-
-    def __init__(self) -> None:
-        self._start()
-
-    def _start(self) -> None:
-        self._block = SharedBlock(SNAPSHOT)
-        self._memory: np.ndarray | None = None
-        self.process = WriterProcess(self._block.handle)
-        self.is_busy = False
-
-    @property
-    def handle(self) -> int:
-        """Open file descriptor of the memory."""
-        return self._block.handle
-
-    def claim(self, num_bytes: int) -> np.ndarray:
-        """Return the shared memory, for the first user or the next; what the last one has left undone is given up.
-
-        Raises
-        ------
-        UsageError
-            The machine does not have so much memory.
-        """
-        if self.is_busy:
-            self.process.kill()
-            self.is_busy = False
-        if self._memory is not None and self._memory.nbytes != num_bytes:
-            self.close()
-            self._start()
-        self.process.forget()
-        if self._memory is None:
-            self._memory = self._block.allocate(num_bytes)
-        return self._memory
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.close()
-        self._block.close()
 
 
 class Checkpoints:

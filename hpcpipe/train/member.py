@@ -12,13 +12,13 @@ from hpcpipe.recovery.copies import Copies
 from hpcpipe.recovery.standing import NOTHING
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
-from hpcpipe.train.checkpoints import WriterMemory
 from hpcpipe.train.directory import open_directory
 from hpcpipe.train.lock import RunLock
 from hpcpipe.train.outline import Outline
 from hpcpipe.train.session import Session
 from hpcpipe.train.state import State
 from hpcpipe.train.stop import StopRequest
+from hpcpipe.train.writer_memory import WriterMemory
 
 
 @dataclass

@@ -28,7 +28,6 @@ from hpcpipe.recovery.standing import NOTHING
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.files import write_whole
-from hpcpipe.train.checkpoints import WriterMemory
 from hpcpipe.train.directory import RunDirectory, open_directory
 from hpcpipe.train.leave import Outcome, leaving_together
 from hpcpipe.train.lock import RunLock
@@ -38,6 +37,7 @@ from hpcpipe.train.session import Session
 from hpcpipe.train.setup import agree_on_setup, compile_kernels, leave_if_asked
 from hpcpipe.train.spare import be_ready_to_wake
 from hpcpipe.train.stop import StopRequest
+from hpcpipe.train.writer_memory import WriterMemory
 from hpcpipe.watch.beacon import NoBeacon
 from hpcpipe.watch.start import attach
 

@@ -12,10 +12,11 @@ from hpcpipe.config.interval import Interval
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.train.cadence import Cadence
-from hpcpipe.train.checkpoints import Checkpoints, WriterMemory
+from hpcpipe.train.checkpoints import Checkpoints
 from hpcpipe.train.directory import RunDirectory
 from hpcpipe.train.lock import RunLock
 from hpcpipe.train.state import State
+from hpcpipe.train.writer_memory import WriterMemory
 
 
 def shared_folder(comm: MPI.Intracomm, folder: Path) -> Path:
