@@ -101,9 +101,11 @@ def test_a_halted_run_is_not_requeued(desk: Desk) -> None:
     assert "(halt file)" in desk.output(job)
 
 
-def test_a_lost_node_is_left_out(desk: Desk, undisturbed: Path) -> None:
+@pytest.mark.parametrize("recovery", ["off", pytest.param("on", marks=pytest.mark.slow)])
+def test_a_lost_node_is_left_out(desk: Desk, undisturbed: Path, recovery: str) -> None:
     """The ranks start again in the same allocation: no node has room for one more, so there are fewer."""
-    job = desk.submit("--nodes=3", "--ntasks-per-node=1", "--nodelist=n1,n2,n3", environ=SLOW)
+    environ = {**SLOW, "HPCPIPE_RECOVERY": recovery}
+    job = desk.submit("--nodes=3", "--ntasks-per-node=1", "--nodelist=n1,n2,n3", environ=environ)
     desk.wait_for_checkpoint(job)
     desk.cluster.crash("n2")
     ended = desk.wait_for(job)
