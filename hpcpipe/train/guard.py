@@ -175,7 +175,7 @@ class Guard:
         Rewind, NumericsError
             On all ranks: too many steps were skipped.
         """
-        self._require_sound_state()
+        self._require_no_damage(self._rows.damaged())
         self._require_equal_replicas()
         self._note_differences()
         if not self._rows.are_messages_whole():
@@ -212,8 +212,24 @@ class Guard:
         if self._parts is not None:
             self._parts.unchanged()
 
-    def _require_sound_state(self) -> None:
-        damaged = self._rows.damaged()
+    def look_again(self) -> None:
+        """Compare the state once more with what the last update has left, before it is kept; all ranks call it.
+
+        Raises
+        ------
+        Interruption, RankError
+            On all ranks: the state of one has changed.
+        """
+        if self._parts is not None:
+            self._parts.begin()
+            own = self._parts.find_damage()
+            self._state.is_torn = self._state.is_torn or own > 0
+            rows = gather_rows(self._grid.comm, self._waiter, np.array([own], np.int64))
+            found: list[int] = rows[:, 0].tolist()
+            self._require_no_damage({rank: number for rank, number in enumerate(found) if number})
+
+    def _require_no_damage(self, damaged: dict[int, int]) -> None:
+        """Leave the step if parts of some ranks' states have changed; all ranks call it."""
         if not damaged:
             return
         found = []

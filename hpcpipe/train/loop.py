@@ -105,9 +105,11 @@ class Loop:
                 if is_last or _is_due(step, config.train.eval_every):
                     self._evaluate()
                 if is_last:
+                    self._trainer.require_sound_state()
                     with beacon.during(Phase.CHECKPOINT):
                         self._checkpoints.finish(self._facts(), save=True, read_back=True)
                 elif self._checkpoints.is_due(step, result.heard.due):
+                    self._trainer.require_sound_state()
                     with beacon.during(Phase.CHECKPOINT):
                         self._checkpoints.take(self._facts())
             beacon.phase(Phase.FINISH)
@@ -178,6 +180,7 @@ class Loop:
     def _end_early(self) -> None:
         session, step = self._session, self._state.step
         session.beacon.phase(Phase.CHECKPOINT)
+        self._trainer.require_sound_state()
         self._checkpoints.finish(self._facts(), save=session.config.checkpoint.on_signal, read_back=False)
         session.beacon.phase(Phase.FINISH)
         self._stop.conclude()

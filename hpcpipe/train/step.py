@@ -205,6 +205,16 @@ class Trainer:
             is_skipped,
         )
 
+    def require_sound_state(self) -> None:
+        """Look whether the state is what the last update has left, before it is kept; all ranks call it.
+
+        Raises
+        ------
+        Interruption, RankError
+            On every rank: see `hpcpipe.train.guard.Guard.look_again`.
+        """
+        self._guard.look_again()
+
     def _walk(self) -> tuple[_Agreed, bool]:
         """Walk the schedule until all ranks are content with it; return what they agreed on, and if it is skipped."""
         while True:

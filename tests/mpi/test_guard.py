@@ -179,6 +179,20 @@ def test_a_bit_that_flips_in_the_state_is_seen_before_the_update(comm, kind):
         training.close()
 
 
+def test_a_bit_that_flips_before_a_checkpoint_is_seen(comm):
+    training, told = start(comm, comm.size, 1)
+    training.trainer.require_sound_state()
+    training.run(2)
+    training.trainer.require_sound_state()
+    if comm.rank == 1:
+        parts_of(training.state)[-1].view(np.uint32)[5] ^= 1 << 30
+    with pytest.raises(Interruption, match="a moment2 of stage 1 on rank 1 had changed"):
+        training.trainer.require_sound_state()
+    assert training.state.is_torn is (comm.rank == 1)
+    assert_alike(comm, told)
+    training.close()
+
+
 def test_a_flip_between_recoveries_is_seen_by_the_digests_that_are_kept(comm):
     training, _ = start(comm, comm.size, 1)
     training.run(2)
