@@ -21,6 +21,22 @@ from hpcpipe.train.stop import StopRequest
 from hpcpipe.train.writer_memory import WriterMemory
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a process runs.
+
+    Attributes
+    ----------
+    host : str
+        Name of the machine.
+    pid : int
+        Number of the process there.
+    """
+
+    host: str
+    pid: int
+
+
 @dataclass
 class Member:
     """A process of a run: a rank, or a spare.
@@ -43,6 +59,8 @@ class Member:
         The number in the launch of each live process, in their order.
     roles : tuple of int
         The rank of each in the grid, -1 for a spare.
+    places : tuple of Place
+        Where each process of the launch runs, by its number.
     grid : Grid or None
         Of this epoch; None for a spare.
     outline : Outline or None
@@ -77,6 +95,7 @@ class Member:
     held_out: HeldOut
     processes: tuple[int, ...]
     roles: tuple[int, ...]
+    places: tuple[Place, ...]
     grid: Grid | None = None
     outline: Outline | None = None
     state: State | None = None

@@ -25,7 +25,7 @@ from hpcpipe.train.change import Change, restore
 from hpcpipe.train.epoch import run_epoch
 from hpcpipe.train.member import Member
 from hpcpipe.train.outline import Outline
-from hpcpipe.train.spare import wait_as_spare
+from hpcpipe.train.spare import wait_as_spare, wake_spares
 from hpcpipe.watch.layout import Phase
 
 
@@ -85,6 +85,7 @@ def live(member: Member) -> ExitCode:
         if not end.is_over:
             hooks.point("revoke")
             crew.revoke()
+            wake_spares(member)
         if not crew.agree(end.is_over):
             end = _recover(member, end)
         if end.code is not None:

@@ -1,6 +1,7 @@
 """A training run from start to end, on every process that was started for it."""
 
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from hpcpipe.errors import ExitCode, UsageError
 from hpcpipe.kernels.threads import Team
 from hpcpipe.mpi import runtime
 from hpcpipe.mpi.agree import together
-from hpcpipe.mpi.collectives import broadcast_bytes
+from hpcpipe.mpi.collectives import broadcast_bytes, gather_bytes
 from hpcpipe.mpi.crew import Crew, has_fault_tolerance
 from hpcpipe.mpi.ending import fault_tolerance_note
 from hpcpipe.mpi.grid import line_grid
@@ -31,7 +32,7 @@ from hpcpipe.telemetry.files import write_whole
 from hpcpipe.train.directory import RunDirectory, open_directory
 from hpcpipe.train.leave import Outcome, leaving_together
 from hpcpipe.train.lock import RunLock
-from hpcpipe.train.member import Member
+from hpcpipe.train.member import Member, Place
 from hpcpipe.train.recover import live
 from hpcpipe.train.session import Session
 from hpcpipe.train.setup import agree_on_setup, compile_kernels, leave_if_asked
@@ -186,7 +187,10 @@ def _prepare_member(base: Session, world: World, stop: StopRequest, writer: Writ
     base.config = config
     roles = (*range(world.num_ranks), *[NOTHING] * world.num_spares)
     processes = tuple(range(world.size))
-    return Member(crew, base, stop, writer, resume, tokens, samples, held_out, processes, roles)
+    rows = gather_bytes(world.comm, base.waiter, f"{os.getpid()} {socket.gethostname()}".encode())
+    words = [row.decode().split(" ", 1) for row in rows]
+    places = tuple(Place(host, int(pid)) for pid, host in words)
+    return Member(crew, base, stop, writer, resume, tokens, samples, held_out, processes, roles, places)
 
 
 def _open_tokens(session: Session) -> TokenFile:

@@ -1,6 +1,9 @@
 """A spare: a process that has all it needs to take a rank's place, and waits without using the processor."""
 
+import os
 import signal
+import time
+from contextlib import suppress
 
 from hpcpipe.errors import ExitCode, Interruption
 from hpcpipe.faults import hooks
@@ -10,6 +13,8 @@ from hpcpipe.train.outline import Outline
 from hpcpipe.watch.layout import Phase
 
 _LOOK_S = 0.1
+_BRISK_LOOK_S = 2e-3
+_BRISK_S = 0.2
 WAKE = signal.SIGURG
 """Wakes spares of the same node at once; ignored by everybody else."""
 
@@ -29,6 +34,7 @@ def wait_as_spare(member: Member) -> ExitCode:
     """
     crew, beacon = member.crew, member.base.beacon
     beacon.phase(Phase.SPARE)
+    brisk_until = 0.0
     while True:
         hooks.point("idle")
         beacon.nap("ALL", None, -1, -1, lambda: "a rank's place")
@@ -39,12 +45,20 @@ def wait_as_spare(member: Member) -> ExitCode:
         except CommunicationError as error:
             raise Interruption("the rank that speaks for the run has died") from error
         if content is None:
-            _nap()
+            is_brisk = signal.sigtimedwait({WAKE}, _BRISK_LOOK_S if time.monotonic() < brisk_until else _LOOK_S)
+            if is_brisk is not None:
+                brisk_until = time.monotonic() + _BRISK_S
         elif len(content) == 1:
             return ExitCode(content[0])
         else:
             member.outline = Outline.from_bytes(content)
 
 
-def _nap() -> None:
-    signal.sigtimedwait({WAKE}, _LOOK_S)
+def wake_spares(member: Member) -> None:
+    """Wake the spares of this node, so that they see at once that the ranks meet."""
+    own = member.places[member.crew.process]
+    for rank in member.spares():
+        place = member.places[member.processes[rank]]
+        if place.host == own.host:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(place.pid, WAKE)
