@@ -20,9 +20,10 @@ ACTIVATIONS = "activations"
 """What the memory of executors is counted under."""
 
 _PHASES = {Kind.F: "forward", Kind.B: "backward", Kind.I: "backward", Kind.W: "backward"}
+_SHOWN = COMPUTE | UPDATE
 
 
-def _nothing(*_: int) -> None:
+def _nothing(*_: Kind | int) -> None:
     """Do nothing, where nothing is trained or there is one replica."""
 
 
@@ -69,7 +70,7 @@ class Work:
         Updates a stage; the schedule's messages are done and its time is taken before the first call.
     poll : callable
         Called between kernels and while the rank waits for a message: lets what `reduce` started move.
-    begin, end : callable or None
+    begin, end : callable
         Told that an action begins, with kind, stage and microbatch, and that it is done; not of messages.
     check : callable or None
         Told of each compute action when it is done; it may be set and taken back between two runs.
@@ -81,7 +82,7 @@ class Work:
     reduce: Callable[[int], None] = _nothing
     step: Callable[[int], None] = _nothing
     poll: Callable[[], None] = _nothing
-    begin: Callable[[Kind, int, int], None] | None = None
+    begin: Callable[[Kind, int, int], None] = _nothing
     end: Callable[[], None] = _nothing
     check: Callable[[Computed], None] | None = None
 
@@ -162,9 +163,6 @@ class Executor:
             Kind.REDUCE: lambda action: work.reduce(action.stage),
             Kind.STEP: self._step,
         }
-        if work.begin is not None:
-            for kind in COMPUTE | UPDATE:
-                self._handlers[kind] = _told(self._handlers[kind], work.begin, work.end)
 
     def _find_stashes(self, offsets: Mapping[tuple[Key, bool], Extent]) -> None:
         """Give each (stage, microbatch) its part of the memory; those at one place share what describes it."""
@@ -186,9 +184,14 @@ class Executor:
         self._start_s = time.perf_counter()
         self._is_timed = True
         for action in self._actions:
+            if action.kind not in _SHOWN:
+                self._handlers[action.kind](action)
+                continue
+            self._work.begin(*action)
             if action.kind in _PHASES:
                 hooks.point(_PHASES[action.kind], action.microbatch)
             self._handlers[action.kind](action)
+            self._work.end()
         self._end_schedule()
 
     def _step(self, action: Action) -> None:
@@ -327,16 +330,3 @@ class Executor:
         x = self._x.pop(key)
         if x is not self._unused:
             self._streams.give_back(x)
-
-
-def _told(
-    handler: Callable[[Action], None], begin: Callable[[Kind, int, int], None], end: Callable[[], None]
-) -> Callable[[Action], None]:
-    """Return a handler that tells when it begins and ends."""
-
-    def handle(action: Action) -> None:
-        begin(*action)
-        handler(action)
-        end()
-
-    return handle

@@ -151,8 +151,8 @@ class Beacon(NoBeacon):
         self._waits_for, self._is_told = 0, False
         self._wait_began = self._began = self._event = _monotonic_ns()
         self._step = self._epoch = self._num_steps = 0
-        self._hang_ns = self._expected_ns = self._longest_ns = self._limit_ns = self._waited_ns = 0
-        self._pace, self._step_began, self._waited_before = Pace(), self._event, 0
+        self._hang_ns = self._expected_ns = self._longest_ns = self._limit_ns = self._busy_ns = self._waited_ns = 0
+        self._pace, self._busy_before = Pace(), 0
         self._next_look = self._event + _LOOK_NS
         self._num_notes = memory.num_notes
         self._stacks = _register_stacks()
@@ -196,9 +196,9 @@ class Beacon(NoBeacon):
         now = _monotonic_ns()
         self._num_steps += 1
         if self._num_steps > 1:
-            own_ns = now - self._step_began - (self._waited_ns - self._waited_before)
-            struct.pack_into("<d", self._slot, PACE_AT, self._pace.add(own_ns * 1e-9))
-        self._step_began, self._waited_before = now, self._waited_ns
+            pace = self._pace.add((self._busy_ns - self._busy_before) * 1e-9)
+            struct.pack_into("<d", self._slot, PACE_AT, pace)
+        self._busy_before = self._busy_ns
         if self._num_steps == _FIRST_STEPS + 1:
             self._set_limit()
         self._step, self._kind, self._stage, self._microbatch, self._waits_for = step, 0, -1, -1, 0
@@ -218,7 +218,7 @@ class Beacon(NoBeacon):
 
     def begin(self, kind: str, stage: int, microbatch: int) -> None:
         """Say that an action begins."""
-        self._kind, self._stage, self._microbatch = CODES[kind], stage, microbatch
+        self._kind, self._stage, self._microbatch, self._waited_ns = CODES[kind], stage, microbatch, 0
         now = self._began = _monotonic_ns()
         self._show(now)
 
@@ -226,6 +226,7 @@ class Beacon(NoBeacon):
         """Say that it is done."""
         now = _monotonic_ns()
         interval = now - self._event
+        self._busy_ns += now - self._began - self._waited_ns
         if interval > self._longest_ns:
             self._stretch(interval)
         self._event = now
@@ -278,7 +279,7 @@ class Beacon(NoBeacon):
         _pack_state(
             self._slot, STATE_AT, head, self._phase, self._kind, self._waits_for, self._stage, self._microbatch,
             wait_stage, wait_microbatch, peer, tag, self._step, self._epoch, now, self._began, self._limit_ns,
-            self._waited_ns, head,
+            self._busy_ns, head,
         )  # fmt: skip
 
     def _record(

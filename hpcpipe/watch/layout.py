@@ -40,7 +40,7 @@ IDENTITY = struct.Struct("<qqqqqqq")
 
 STATE_AT = 64
 STATE = struct.Struct("<qBBBxiiiiiiiixxxxqqqqq")
-"""Head, phase, kind, wait, eight numbers, the times event, begin, limit, waited (ns), and the tail: see `State`."""
+"""Head, phase, kind, wait, eight numbers, the times event, begin, limit, busy (ns), and the tail: see `State`."""
 
 ALIVE_AT = 192
 """Last sign of life of a rank that waits (monotonic ns)."""
@@ -169,8 +169,8 @@ class State:
         When this last changed, and when the action began; on the monotonic clock.
     limit_ns : int
         How long the rank may stay as it is; 0: for ever.
-    waited_ns : int
-        Time that it has waited so far.
+    busy_ns : int
+        Time that it has spent in actions so far, waits left out.
     """
 
     events: int
@@ -188,7 +188,7 @@ class State:
     event_ns: int
     begin_ns: int
     limit_ns: int
-    waited_ns: int
+    busy_ns: int
 
 
 @dataclass(frozen=True, order=True)
