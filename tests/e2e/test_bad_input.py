@@ -194,6 +194,37 @@ def test_an_exception_on_one_rank(runs: Runs, victim: int) -> None:
     assert not names or runs.hpcpipe("checkpoint", "verify", directory).code == 0
 
 
+@pytest.mark.parametrize(
+    ("recovery", "message"),
+    [("off", "rank 1 ended with exit code 3 before"), ("on", f"rank 1 on {os.uname().nodename} has ended before")],
+)
+def test_a_rank_that_does_not_start(runs: Runs, tmp_path: Path, recovery: str, message: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\nif os.environ.get('OMPI_COMM_WORLD_RANK') == '1':\n    os._exit(3)\n"
+    )
+    words = runs.arguments("run", 3, launch=("--recovery", recovery))
+    finished = run(words, runs.root / "output", {"PYTHONPATH": str(tmp_path)}, limit_s=30)
+    directory = runs.directory("run")
+    assert finished.code == status(directory)["exit_code"] == 71
+    assert [text.partition(" the run")[0] for text in finished.messages] == [message]
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.parametrize("moment", ["start", "disk"])
+def test_an_error_of_one_rank_at_the_start(runs: Runs, victim: int, moment: str) -> None:
+    """The others survive it, and wait in a collective: they leave without a word."""
+    words = [sys.executable, FAILING_RANK, victim, moment, *runs.arguments("run", 3)]
+    finished = run(words, runs.root / "output", limit_s=30)
+    directory = runs.directory("run")
+    assert finished.code == status(directory)["exit_code"] == (74 if moment == "disk" else 71)
+    if moment == "disk":
+        assert finished.stderr == f"hpcpipe: error: rank {victim} of 3: made by a test\n"
+    else:
+        assert finished.stderr.count("Traceback") == 1
+        assert f"rank {victim} of 3 on " in finished.stderr.splitlines()[0]
+    assert "made by a test" in status(directory)["cause"]
+
+
 def test_two_runs_in_one_directory(runs: Runs, finished_run: Path) -> None:
     directory = runs.directory("run")
     first = runs.start("run", 2, "checkpoint.every=0", environ={"HPCPIPE_TEST_MESSAGES": "delay=0.4"})

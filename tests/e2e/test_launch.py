@@ -23,7 +23,8 @@ import sys
 from pathlib import Path
 from hpcpipe.cli import doctor, main
 from hpcpipe.cli.launch import launch
-doctor.run = lambda _: launch([sys.executable, *sys.argv[2:]], int(sys.argv[1]), Path(sys.argv[3]))
+number, recovery, *program = sys.argv[1:]
+doctor.run = lambda _: launch([sys.executable, *program], int(number), Path(program[1]), recovery=recovery)
 sys.exit(main.main(["doctor"]))
 """
 
@@ -49,8 +50,8 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Start a miniature run; afterwards no process of it may be left."""
     started: list[subprocess.Popen[bytes]] = []
 
-    def start_run(behaviour: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", STARTER, str(NUM_RANKS), str(MINIATURE), str(tmp_path), behaviour]
+    def start_run(behaviour: str, stdout: int = subprocess.PIPE, recovery: str = "off") -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", STARTER, str(NUM_RANKS), recovery, str(MINIATURE), str(tmp_path), behaviour]
         started.append(subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL))
         return started[-1]
 
@@ -189,6 +190,31 @@ def test_ranks_that_do_not_end_after_the_run_has(start: Start, tmp_path: Path) -
     process.communicate(timeout=25)
     assert process.returncode == 75
     assert 14 < time.monotonic() - began < 20
+    assert_all_gone(tmp_path)
+
+
+def test_a_killed_rank_is_no_word_where_the_others_go_on(start: Start, tmp_path: Path) -> None:
+    process = start("one-dies", recovery="on")
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, b"")
+    assert_all_gone(tmp_path)
+
+
+def test_the_code_of_mpirun_is_not_believed_where_all_are_killed(start: Start, tmp_path: Path) -> None:
+    process = start("all-die", recovery="on")
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 71
+    assert err.startswith(b"hpcpipe: error: mpirun ended with code 0 before the run was done; run the same command")
+    assert json.loads((tmp_path / "status.json").read_text())["exit_code"] == 71
+
+
+def test_what_hangs_after_the_end_is_killed_soon_where_ranks_survive_each_other(start: Start, tmp_path: Path) -> None:
+    process = start("hangs-at-end", recovery="on")
+    wait_for_ranks(tmp_path)
+    began = time.monotonic()
+    _, err = process.communicate(timeout=25)
+    assert (process.returncode, err) == (0, b"")
+    assert 2.5 < time.monotonic() - began < 8
     assert_all_gone(tmp_path)
 
 

@@ -63,6 +63,16 @@ def main() -> int:
         return 65
     if BEHAVIOUR == "in-use":
         return 73
+    if BEHAVIOUR in ("one-dies", "all-die"):
+        if RANK == 1 or BEHAVIOUR == "all-die":
+            time.sleep(1.5)
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(4)
+        status("done", 0)
+        return 0
+    if BEHAVIOUR == "hangs-at-end":
+        status("done", 0)
+        time.sleep(LIMIT_S)
     if BEHAVIOUR == "deaf":
         time.sleep(LIMIT_S)
     wait_for_stop()
