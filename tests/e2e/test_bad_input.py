@@ -1,6 +1,7 @@
 """Bad input: one message that names key or file, numbers and cure, the right code, soon, and nothing half-written."""
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -196,7 +197,8 @@ def test_an_exception_on_one_rank(runs: Runs, victim: int) -> None:
 
 @pytest.mark.parametrize(
     ("recovery", "message"),
-    [("off", "rank 1 ended with exit code 3 before"), ("on", f"rank 1 on {os.uname().nodename} has ended before")],
+    # Where ranks survive each other, mpirun ends the others only if none of them has begun to start MPI.
+    [("off", "rank 1 ended with exit code 3"), ("on", r"(rank 1 on \S+ has ended|mpirun ended with code 3)")],
 )
 def test_a_rank_that_does_not_start(runs: Runs, tmp_path: Path, recovery: str, message: str) -> None:
     (tmp_path / "sitecustomize.py").write_text(
@@ -206,7 +208,8 @@ def test_a_rank_that_does_not_start(runs: Runs, tmp_path: Path, recovery: str, m
     finished = run(words, runs.root / "output", {"PYTHONPATH": str(tmp_path)}, limit_s=30)
     directory = runs.directory("run")
     assert finished.code == status(directory)["exit_code"] == 71
-    assert [text.partition(" the run")[0] for text in finished.messages] == [message]
+    (told,) = finished.messages
+    assert re.match(f"{message} before the run was done", told)
 
 
 @pytest.mark.parametrize("victim", [0, 2])
