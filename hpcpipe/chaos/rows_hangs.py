@@ -50,7 +50,7 @@ ROWS = (
         "receive with a wrong tag, in every attempt",
         "forward",
         Expected(
-            "no kill loop: who waits for whom, exit 70", code=ExitCode.NUMERICS, bits="restart", told=("waits for",)
+            "no kill loop: who waits for whom, exit 71", code=ExitCode.RANK_FAILED, bits="restart", told=("waits for",)
         ),
         "wrongtag:rank=2:step={step}:times=0",
         settings=_HANG,
