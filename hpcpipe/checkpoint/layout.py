@@ -20,6 +20,9 @@ DTYPES = frozenset({"float16", "float32", "float64", "int8", "int16", "int32", "
     {"uint8", "uint16", "uint32", "uint64"}
 )
 
+EPOCH_DIGITS = 4
+"""Digits of `epoch_text`."""
+
 _NAME_LETTERS_AT_MOST = 500
 _STEP = re.compile(r"step-([0-9]{8,})\Z")
 _LEFTOVER = re.compile(r"(step-[0-9]{8,}(\.[0-9a-f]+)?\.partial|trash-.+)\Z", re.DOTALL)
@@ -152,6 +155,11 @@ def step_name(step: int) -> str:
 def partial_name(step: int, token: str = "") -> str:
     """Name the directory of a step while it is written; a token keeps apart what two launches write."""
     return ".".join(filter(None, (step_name(step), token, "partial")))
+
+
+def epoch_text(epoch: int) -> str:
+    """Return the hexadecimal digits that stand for an epoch of a launch in the names of unfinished checkpoints."""
+    return f"{min(epoch, 16**EPOCH_DIGITS - 1):0{EPOCH_DIGITS}x}"
 
 
 def step_of(name: str) -> int | None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from hpcpipe.checkpoint import disk
 from hpcpipe.checkpoint.digests import digest_of
 from hpcpipe.checkpoint.image import Image, Region
-from hpcpipe.checkpoint.layout import PieceSpec, file_name, leftovers
+from hpcpipe.checkpoint.layout import EPOCH_DIGITS, PieceSpec, epoch_text, file_name, leftovers
 from hpcpipe.checkpoint.manifest import load_manifest
 from hpcpipe.checkpoint.retain import retain
 from hpcpipe.checkpoint.snapshot import Snapshot
@@ -58,10 +58,13 @@ class Writer:
         return {}
 
     def _clean(self, order: Order) -> Order:
-        """Remove what earlier launches' interrupted writings and removals have left below ``root``."""
+        """Remove what interrupted writings and removals of earlier launches and epochs have left below ``root``."""
+        epoch = order.get("epoch", 0)
         for path in list(leftovers(Path(order["root"]))):
-            # Other ranks of this launch, which ``token`` names, may be writing already.
-            if f".{order['token']}" not in path.name:
+            # Other ranks of this launch may be writing already, also in a later epoch where this process is late.
+            _, is_own, attempt = path.name.partition(f".{order['token']}")
+            is_older = bool(epoch) and attempt[:EPOCH_DIGITS] < epoch_text(epoch)
+            if not is_own or is_older:
                 disk.remove(path)
         return {}
 

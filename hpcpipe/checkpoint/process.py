@@ -28,13 +28,16 @@ class WriterProcess:
     ----------
     handle : int
         Descriptor of the `hpcpipe.memory.shared.SharedBlock` that snapshots are in.
+    starts_now : bool
+        Whether it starts at once, or with its first order.
     """
 
-    def __init__(self, handle: int) -> None:
+    def __init__(self, handle: int, *, starts_now: bool = True) -> None:
         self._handle = handle
         self._setup: list[dict[str, Any]] = []
         self._is_running = False
-        self._start()
+        if starts_now:
+            self._start()
 
     def _start(self) -> None:
         parent_of_package = str(Path(hpcpipe.__file__).resolve().parent.parent)

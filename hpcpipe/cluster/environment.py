@@ -78,6 +78,12 @@ def num_spares(environ: Mapping[str, str] = os.environ) -> int:
     return int(text)
 
 
+def will_be_spare(environ: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether this process will be a spare, without starting MPI; False where nobody says which rank it is."""
+    hint, text = rank_hint(environ), environ.get(SPARES, "")
+    return hint is not None and text.isdecimal() and hint[0] >= max(1, hint[1] - int(text))
+
+
 def terminal_size(environ: Mapping[str, str] = os.environ) -> tuple[int, int] | None:
     """Return the size of the terminal that shows rank 0's standard output.
 

@@ -5,7 +5,6 @@ says of all of them. So nothing is sent or waited for on the way, and one checkp
 """
 
 import json
-import secrets
 import time
 from collections.abc import Callable
 from enum import IntEnum
@@ -14,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from hpcpipe.checkpoint.layout import partial_name, step_name
+from hpcpipe.checkpoint.layout import epoch_text, partial_name, step_name
 from hpcpipe.checkpoint.snapshot import Snapshot, snapshot_bytes
 from hpcpipe.errors import BY_CODE, DiskError, ExitCode
 from hpcpipe.faults import hooks
-from hpcpipe.mpi.collectives import broadcast_bytes, gather_bytes, gather_bytes_at, gather_rows
+from hpcpipe.mpi.collectives import gather_bytes, gather_bytes_at, gather_rows
 from hpcpipe.train.cadence import Cadence, Costs
 from hpcpipe.train.save import header_of, piece_arrays, piece_specs
 from hpcpipe.train.session import Session
@@ -65,6 +64,10 @@ class Checkpoints:
         ``path`` and ``fence`` of the run's lock, which whoever commits must still hold; None where there is none.
     cadence : Cadence
         Says when one is due; rank 0's counts.
+    token : str
+        Hexadecimal digits that name this launch, the same on all ranks: part of the names of unfinished checkpoints.
+    epoch : int
+        Which of the launch's `Checkpoints` this is.
 
     Attributes
     ----------
@@ -84,6 +87,8 @@ class Checkpoints:
         data: dict[str, str],
         lock: dict[str, str] | None,
         cadence: Cadence,
+        token: str,
+        epoch: int = 0,
     ) -> None:
         self.step = state.step
         self.commit_s = 0.0
@@ -98,11 +103,10 @@ class Checkpoints:
         self._has_pieces = bool(specs)
         order = {"do": "prepare", "rank": self._comm.rank, "bytes": memory.nbytes}
         self._process.prepare({**order, "pieces": [spec.to_json() for spec in specs]})
-        token = secrets.token_hex(4).encode() if session.is_root else None
-        self._token = broadcast_bytes(self._comm, self._waiter, token, 0).decode()
+        self._token = f"{token}{epoch_text(epoch)}"
         if session.is_root:
             root = str(session.directory.checkpoints)
-            self._process.send({"do": "clean", "root": root, "token": self._token})
+            self._process.send({"do": "clean", "root": root, "token": token, "epoch": epoch})
         self._phase, self._answer = Phase.IDLE, Answer.NONE
         self._reply: dict[str, Any] = {}
         self._num_failures, self._num_taken = 0, 0

@@ -238,4 +238,5 @@ def _make_checkpoints(session: Session, state: State, member: Member) -> Checkpo
     if member.epoch == 0:
         session.console.say(f"checkpoints: {cadence.describe()}")
     lock = {"path": str(session.directory.lock), "fence": session.lock.fence if session.lock else ""}
-    return Checkpoints(session, state, member.writer, identity_of(member.tokens), lock, cadence)
+    identity = identity_of(member.tokens)
+    return Checkpoints(session, state, member.writer, identity, lock, cadence, member.token, member.epoch)

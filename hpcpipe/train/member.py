@@ -61,6 +61,8 @@ class Member:
         The rank of each in the grid, -1 for a spare.
     places : tuple of Place
         Where each process of the launch runs, by its number.
+    token : str
+        Hexadecimal digits that name the launch.
     grid : Grid or None
         Of this epoch; None for a spare.
     outline : Outline or None
@@ -96,6 +98,7 @@ class Member:
     processes: tuple[int, ...]
     roles: tuple[int, ...]
     places: tuple[Place, ...]
+    token: str
     grid: Grid | None = None
     outline: Outline | None = None
     state: State | None = None

@@ -1,6 +1,7 @@
 """A training run from start to end, on every process that was started for it."""
 
 import os
+import secrets
 import socket
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import hpcpipe
 from hpcpipe.checkpoint.layout import candidates
+from hpcpipe.cluster.environment import will_be_spare
 from hpcpipe.config.check import check_data
 from hpcpipe.config.dump import to_toml
 from hpcpipe.config.load import run_directory
@@ -65,7 +67,7 @@ def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
     """
     be_ready_to_wake()
     # Processes that are started before MPI cannot disturb it.
-    writer = WriterMemory()
+    writer = WriterMemory(starts_now=not will_be_spare())
     place = run_directory(config_path, overrides)
     beacon = attach(place, _tell)
     world = runtime.start()
@@ -189,8 +191,10 @@ def _prepare_member(base: Session, world: World, stop: StopRequest, writer: Writ
     processes = tuple(range(world.size))
     rows = gather_bytes(world.comm, base.waiter, f"{os.getpid()} {socket.gethostname()}".encode())
     words = [row.decode().split(" ", 1) for row in rows]
+    own_token = secrets.token_hex(4).encode() if world.rank == 0 else None
+    token = broadcast_bytes(world.comm, base.waiter, own_token, 0).decode()
     places = tuple(Place(host, int(pid)) for pid, host in words)
-    return Member(crew, base, stop, writer, resume, tokens, samples, held_out, processes, roles, places)
+    return Member(crew, base, stop, writer, resume, tokens, samples, held_out, processes, roles, places, token)
 
 
 def _open_tokens(session: Session) -> TokenFile:

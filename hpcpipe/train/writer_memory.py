@@ -10,6 +10,11 @@ from hpcpipe.train.save import SNAPSHOT
 class WriterMemory:
     """A writer process and the memory that it shares with its rank; made before MPI starts.
 
+    Parameters
+    ----------
+    starts_now : bool
+        Whether the process starts at once, or when there is something to write.
+
     Attributes
     ----------
     process : WriterProcess
@@ -18,13 +23,13 @@ class WriterMemory:
         Whether it is writing a checkpoint that ranks wait for.
     """
 
-    def __init__(self) -> None:
-        self._start()
+    def __init__(self, *, starts_now: bool = True) -> None:
+        self._start(starts_now=starts_now)
 
-    def _start(self) -> None:
+    def _start(self, *, starts_now: bool = True) -> None:
         self._block = SharedBlock(SNAPSHOT)
         self._memory: np.ndarray | None = None
-        self.process = WriterProcess(self._block.handle)
+        self.process = WriterProcess(self._block.handle, starts_now=starts_now)
         self.is_busy = False
 
     @property

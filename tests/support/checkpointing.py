@@ -1,5 +1,6 @@
 """Checkpoints of a state without a run around it: the writer processes are those of a run."""
 
+import secrets
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -62,7 +63,8 @@ def checkpoints_of(state: State, grid: Grid, directory: Path, every: int = 0):
     start = state.step
     state.step = 0
     data = {"digest": "", "tokenizer": "bytes"}
-    checkpoints = Checkpoints(session, state, writer, data, fence, Cadence(Interval(steps=every), 1e9, 0.0))
+    token = grid.comm.bcast(secrets.token_hex(4))
+    checkpoints = Checkpoints(session, state, writer, data, fence, Cadence(Interval(steps=every), 1e9, 0.0), token)
     state.step = start
     try:
         yield checkpoints, told
