@@ -139,10 +139,12 @@ class Loop:
         self.steps_s.append(result.step_s)
         if self._metrics is None:
             return
+        # NaN and infinity have no place in the metrics; the events say which of the two it was.
+        is_finite = math.isfinite(result.loss) and math.isfinite(result.grad_norm)
         row = {
             "step": step,
-            "loss": _finite(result.loss),
-            "grad_norm": _finite(result.grad_norm),
+            "loss": result.loss if is_finite else None,
+            "grad_norm": result.grad_norm if is_finite else None,
             "learning_rate": result.learning_rate,
             "tokens": step * self._state.tokens_per_step,
             "step_s": result.step_s,
@@ -189,11 +191,6 @@ class Loop:
         cause = str(error).removesuffix(advice)
         session.events.add("stopped", step=step, exit_code=int(ExitCode.STOPPED), cause=cause, by=error.by)
         raise error
-
-
-def _finite(value: float) -> float | None:
-    """Return a number as it stands in the metrics, where NaN and infinity have no place."""
-    return value if math.isfinite(value) else None
 
 
 def _is_due(step: int, every: int) -> bool:
