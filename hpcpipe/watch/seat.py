@@ -27,7 +27,7 @@ from hpcpipe.watch.layout import (
     write_text,
 )
 from hpcpipe.watch.process import Process
-from hpcpipe.watch.verdict import Rank
+from hpcpipe.watch.verdict import SLOW, Rank
 
 
 @dataclass
@@ -71,9 +71,19 @@ class Seat:
     num_slow: int = 0
     is_guilty: bool = False
 
-    def is_alive(self) -> bool:
-        """Return whether the process is there."""
-        return self.process is not None and self.process.is_alive()
+    def is_alive(self, ended: set[int] | None) -> bool:
+        """Return whether the process is there; `ended` are handles of those that are not, if somebody has asked."""
+        if self.process is None:
+            return False
+        if ended is None or self.process.handle < 0:
+            return self.process.is_alive()
+        return self.process.handle not in ended
+
+    @property
+    def is_well(self) -> bool:
+        """Whether the rank has moved in the last turn, or is a spare that has shown itself."""
+        is_spare = self.state is not None and self.state.phase is Phase.SPARE
+        return not self.straggled_s and self.pace < SLOW and (self.silent_s if is_spare else self.quiet_s) == 0.0
 
     def look(self, turn_s: float) -> None:
         """Read what the rank shows, and count how long it has been still."""

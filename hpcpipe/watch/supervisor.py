@@ -22,8 +22,9 @@ from hpcpipe.watch.seat import Seat
 from hpcpipe.watch.stacks import collect_stacks
 from hpcpipe.watch.verdict import SLOW, Rank, find_culprits, find_slow, is_deadlock, is_straggling
 
-TICK_S = 0.25
-_LONGEST_TICK_S = 2 * TICK_S
+_TURN_S = 0.5
+_CLOSE_TURN_S = 0.2
+_LOST_TURN_S = 0.05
 _SETTLE_S = 0.2
 _PRINT_S = 0.05
 _SLOW_TURNS = 2
@@ -47,17 +48,19 @@ class Supervisor:
     _lost: dict[int, tuple[Rank | None, bytes]] = field(default_factory=dict)
     _lost_at: float = 0.0
     _has_failed: bool = False
+    _polled: list[int] = field(default_factory=list)
+    _poller: select.poll = field(default_factory=select.poll)
 
     def run(self) -> None:
         """Look after the ranks until all have ended."""
-        last = time.monotonic()
+        last, ready = time.monotonic(), None
         while True:
             self.memory.sign(os.getpid(), time.monotonic_ns())
             self._seat_ranks()
             now = time.monotonic()
-            turn_s, last = min(now - last, _LONGEST_TICK_S), now
+            turn_s, last = min(now - last, _TURN_S), now
             # In this order what they did last is seen.
-            gone = [number for number, seat in self._seats.items() if not seat.is_alive()]
+            gone = [number for number, seat in self._seats.items() if not seat.is_alive(ready)]
             for seat in self._seats.values():
                 seat.look(turn_s)
             self._see_failure()
@@ -69,7 +72,7 @@ class Supervisor:
             if not running:
                 return
             self._judge()
-            self._wait()
+            ready = self._wait()
 
     def _seat_ranks(self) -> None:
         """Notice ranks that have come."""
@@ -100,13 +103,19 @@ class Supervisor:
         struct.pack_into("<q", seat.slot, IDENTITY_AT, 0)
         self.memory.num_gone += 1
 
-    def _wait(self) -> None:
-        """Sleep for a turn, or until a process ends."""
-        poller = select.poll()
-        for seat in self._seats.values():
-            if seat.process is not None and seat.process.handle >= 0:
-                poller.register(seat.process.handle, select.POLLIN)
-        poller.poll(TICK_S * 1000 * (0.2 if self._lost else 1.0))
+    def _wait(self) -> set[int]:
+        """Sleep for a turn, or until a process ends; return the handles of those that have."""
+        handles = [seat.process.handle for seat in self._seats.values() if seat.process is not None]
+        if handles != self._polled:
+            self._polled, self._poller = handles, select.poll()
+            for handle in handles:
+                if handle >= 0:
+                    self._poller.register(handle, select.POLLIN)
+        turn_s = _LOST_TURN_S if self._lost else _TURN_S if self._all_well() else _CLOSE_TURN_S
+        return {handle for handle, _ in self._poller.poll(turn_s * 1000)}
+
+    def _all_well(self) -> bool:
+        return all(seat.is_well for seat in self._seats.values())
 
     def _ranks(self) -> list[Rank]:
         return [rank for seat in self._seats.values() if (rank := seat.rank()) is not None and not seat.has_ended]
@@ -114,7 +123,7 @@ class Supervisor:
     def _judge(self) -> None:
         """See whether somebody hangs, straggles, or all wait for each other."""
         self._find_slow()
-        if all(seat.quiet_s <= TICK_S and not seat.straggled_s for seat in self._seats.values()):
+        if self._all_well():
             return
         self._find_stragglers()
         ranks = self._ranks()
