@@ -15,6 +15,9 @@ MANY = 3
 
 # The median of absolute deviations of normal numbers, times this, is their standard deviation.
 _TO_DEVIATION = 1.4826
+# So is what is above the median up to where 4 of 128 of them begin, divided by this. Outliers are fewer than that; runs
+# with small steps have such tails all the time.
+_TAIL, _TO_TAIL = 4 / WINDOW, 1.86
 # Least deviations: a jump that is smaller than ALARM times these is no alarm, however calm the run was before.
 _LEAST_OF_LOSS = 0.01
 _LEAST_OF_NORM = 0.15
@@ -52,7 +55,9 @@ class _Series:
         # Most numbers end here, before anything is sorted.
         if excess <= ALARM * floor:
             return 0.0
-        deviation = max(floor, _TO_DEVIATION * _median(sorted(abs(other - center) for other in self._values)))
+        usual = _TO_DEVIATION * _median(sorted(abs(other - center) for other in self._values))
+        tail = self._sorted[-1 - math.ceil(_TAIL * len(self._sorted))] - center
+        deviation = max(floor, usual, tail / _TO_TAIL)
         return excess / deviation if deviation > 0 else math.inf
 
 
@@ -64,9 +69,9 @@ def _median(ordered: list[float]) -> float:
 class SpikeWatch:
     """Scores each step against the steps before it.
 
-    The score is how many robust standard deviations (from the median of absolute deviations) a loss lies above the
-    median of the last `WINDOW`, or the logarithm of a gradient norm above that of the last norms, whichever is more.
-    It is a function of the numbers alone, so that all ranks find the same.
+    The score is how many robust standard deviations (from the median of absolute deviations, or from the upper tail if
+    that is heavier) a loss lies above the median of the last `WINDOW`, or the logarithm of a gradient norm above that
+    of the last norms, whichever is more. It is a function of the numbers alone, so that all ranks find the same.
     """
 
     def __init__(self) -> None:

@@ -60,6 +60,16 @@ def test_too_few_steps_give_no_alarm():
         assert (scores([*([(2.0, 0.5)] * seen), (9.0, 0.5)])[0][-1] > ALARM) is alarms
 
 
+@pytest.mark.parametrize(("num_high", "is_alarm"), [(3, True), (6, False)])
+def test_what_happens_all_the_time_is_no_spike(num_high, is_alarm):
+    series = healthy(400)[-WINDOW:]
+    for place in range(num_high):
+        loss, norm = series[5 + 10 * place]
+        series[5 + 10 * place] = loss + 2.0, norm
+    high = max(loss for loss, _ in series)
+    assert (scores([*series, (high, 0.4)])[0][-1] > ALARM) is is_alarm
+
+
 def test_a_lasting_change_stops_being_a_spike():
     found, _ = scores([*healthy(300), *((loss + 1.0, norm) for loss, norm in healthy(300))])
     assert found[300] > ALARM
