@@ -31,6 +31,7 @@ from hpcpipe.recovery.standing import NOTHING
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.files import write_whole
+from hpcpipe.telemetry.status import read_status
 from hpcpipe.train.directory import RunDirectory, open_directory
 from hpcpipe.train.leave import Outcome, leaving_together
 from hpcpipe.train.lock import RunLock
@@ -128,6 +129,9 @@ def _train(
         if world.rank == 0:
             base.lock = lock
             beacon.publish(directory.path, directory.lock, lock.fence)
+            # From now on a stop can be told; a run that is done stays so until there are more steps to do.
+            if read_status(directory.path).get("state") != "done":
+                base.status(0, None)
         events.add(
             "started",
             hpcpipe=hpcpipe.__version__,
