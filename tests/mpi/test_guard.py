@@ -17,6 +17,7 @@ from hpcpipe.faults.inject import Injector
 from hpcpipe.faults.parse import parse
 from hpcpipe.mpi.grid import make_grid
 from hpcpipe.mpi.wait import Waiter
+from hpcpipe.schedule.build import GENERATORS
 from hpcpipe.train.guard import Surroundings
 from hpcpipe.train.guard_state import split_state
 from hpcpipe.train.history import History, share_history
@@ -275,6 +276,32 @@ def test_a_number_that_is_not_finite_once_costs_a_repeated_step(comm, where, kin
         assert [facts["step"] for facts in told.named("not finite once")] == [2]
         assert_alike(comm, told)
         training.close()
+
+
+OTHERS = [name for name in GENERATORS if name not in ("1f1b", "forward")]
+
+
+@functools.cache
+def alone(layers, microbatches):
+    training = Training(MPI.COMM_SELF, 1, 1, layers=layers, microbatches=microbatches)
+    results = figures(training.run(3))
+    training.close()
+    return results
+
+
+@pytest.mark.parametrize("schedule", OTHERS)
+def test_every_schedule_can_be_walked_again(comm, schedule):
+    if comm.size > 4:
+        pytest.skip("long, and nothing new")
+    size = {"layers": 2 * comm.size + 1, "microbatches": 2 * comm.size}
+    told = Told()
+    training = Training(
+        comm, comm.size, 1, schedule=schedule, recompute="full", surroundings=Surroundings(tell=told), **size
+    )
+    inject(f"nan:in=gradient:rank={comm.size - 1}:step=2;flip:in=message:rank=0:step=3", comm)
+    assert figures(training.run(3)) == alone(**size)
+    assert [event for event, _ in told.events] == ["not finite once", "message changed"]
+    training.close()
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_its_microbatch_named(comm):
