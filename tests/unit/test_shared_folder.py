@@ -1,5 +1,6 @@
 """The folder of a launch for the memory that its ranks share: where it is, and that nothing of it stays."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,22 @@ def test_what_ranks_leave_is_removed() -> None:
         with shared_folder.shared_folder(other := {}, 2, is_one_node=True):
             assert other[BACKING] != environ[BACKING]
     assert not folder.exists()
+
+
+def test_what_a_killed_launch_has_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_folder, "_SHARED_MEMORY", tmp_path)
+    abandoned, recent, other = (tmp_path / name for name in ("hpcpipe-mpi-a", "hpcpipe-mpi-b", "another-c"))
+    for folder in (abandoned, recent, other):
+        folder.mkdir()
+        (folder / "sm_segment").write_bytes(b"x")
+    with shared_folder.shared_folder(environ := {}, 2, is_one_node=True):
+        for folder in (abandoned, other, held := Path(environ[BACKING])):
+            os.utime(folder, (0, 0))
+        with shared_folder.shared_folder({}, 2, is_one_node=True):
+            assert held.is_dir()
+            assert not abandoned.exists()
+            assert recent.is_dir()
+            assert other.is_dir()
 
 
 @pytest.mark.parametrize("num_bytes", [0, 100 << 20])
