@@ -14,13 +14,12 @@ import numpy as np
 
 from hpcpipe.config.schema import Config
 from hpcpipe.errors import HpcpipeError, Interruption, NumericsError, RankError, Rewind
-from hpcpipe.kernels.digest import digest
 from hpcpipe.mpi.collectives import barrier, gather_rows
 from hpcpipe.mpi.crew import CommunicationError
 from hpcpipe.mpi.grid import Grid
-from hpcpipe.mpi.tally import Tally, differing_links
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.train.guard_actions import ActionGuard, Place
+from hpcpipe.train.guard_messages import MessageGuard
 from hpcpipe.train.guard_state import StateGuard
 from hpcpipe.train.history import NO_HISTORY, REWOUND, History
 from hpcpipe.train.rows import Checks, StepRows
@@ -101,6 +100,8 @@ class Guard:
         What all ranks have found.
     actions : ActionGuard
         Looks at actions.
+    messages : MessageGuard or None
+        Counts messages.
     surroundings : Surroundings
         What came before, and who is told.
 
@@ -108,8 +109,6 @@ class Guard:
     ----------
     actions : ActionGuard
         As above.
-    tallies : (Tally, Tally) or (None, None)
-        Count the messages within pipelines, and those between replicas.
     """
 
     def __init__(
@@ -119,12 +118,12 @@ class Guard:
         waiter: Waiter,
         rows: StepRows,
         actions: ActionGuard,
-        tallies: tuple[Tally, Tally] | tuple[None, None],
+        messages: MessageGuard | None,
         surroundings: Surroundings,
     ) -> None:
         self._config: Config = state.config
         self._state, self._grid, self._waiter, self._rows = state, grid, waiter, rows
-        self.actions, self.tallies = actions, tallies
+        self.actions, self._messages = actions, messages
         self._history, self._tell = surroundings.history, surroundings.tell
         self._recovers = surroundings.recovers
         self._parts = StateGuard(state, grid, waiter) if state.config.guard.state else None
@@ -132,7 +131,7 @@ class Guard:
         for loss, norm in surroundings.history.steps:
             self._spikes.add(loss, norm)
         self._num_skipped = surroundings.history.num_skipped
-        self._step = self._num_mismatches = 0
+        self._step = self._num_mismatches = self._damaged = 0
         # Figures of a first try that is being checked by a second one.
         self._doubted: _Figures | None = None
 
@@ -144,20 +143,21 @@ class Guard:
 
     def begin_try(self) -> None:
         """Prepare for a walk of the schedule."""
-        for tally in self.tallies:
-            if tally is not None:
-                tally.clear()
+        if self._messages is not None:
+            self._messages.clear()
         self.actions.begin(self._step, inspect=self._doubted is not None and not self._doubted.are_finite)
 
+    def look(self) -> None:
+        """Compare the state with what the last update has left."""
+        if self._parts is not None:
+            self._damaged = self._parts.find_damage()
+            self._state.is_torn = self._state.is_torn or self._damaged > 0
+
     def checks(self) -> Checks:
-        """Return what this rank finds, when its gradients are complete and nothing is updated."""
-        balance = sum(tally.balance() for tally in self.tallies if tally is not None) & ((1 << 64) - 1)
-        if self._parts is None:
-            return Checks(0, self.actions.differed, balance, 0)
-        damaged = self._parts.find_damage()
-        if damaged:
-            self._state.is_torn = True
-        return Checks(damaged, self.actions.differed, balance, self._parts.weights() if self._grid.data > 1 else 0)
+        """Return what this rank has found, when all messages of the step are complete."""
+        balance = self._messages.balance() if self._messages is not None else 0
+        weights = self._parts.weights() if self._parts is not None and self._grid.data > 1 else 0
+        return Checks(self._damaged, self.actions.differed, balance, weights)
 
     def judge(self, loss: float, norm: float) -> Verdict:
         """Decide what becomes of a step, from what all ranks have found; the same on every rank.
@@ -276,20 +276,8 @@ class Guard:
 
     def _note_changed_messages(self) -> None:
         """Find out between which ranks messages have changed; all ranks call it."""
-        grid = self._grid
-        sizes = (grid.pipeline, grid.data)
-        counted = [(tally, size) for tally, size in zip(self.tallies, sizes, strict=True) if tally is not None]
-        own = [value for tally, size in counted for value in tally.row(size)]
-        rows = gather_rows(grid.comm, self._waiter, np.array(own, np.uint64)).tolist()
-        links = []
-        for replica in range(grid.data):
-            ranks = [grid.world_rank(replica, stage_rank) for stage_rank in range(grid.pipeline)]
-            within = [rows[rank][: 2 * grid.pipeline] for rank in ranks]
-            links += [(ranks[sender], ranks[receiver]) for sender, receiver in differing_links(within)]
-        for stage_rank in range(grid.pipeline):
-            ranks = [grid.world_rank(replica, stage_rank) for replica in range(grid.data)]
-            between = [rows[rank][2 * grid.pipeline :] for rank in ranks]
-            links += [(ranks[sender], ranks[receiver]) for sender, receiver in differing_links(between)]
+        assert self._messages is not None
+        links = self._messages.find_links()
         for sender, receiver in links:
             self._tell("message changed", step=self._step, sender=sender, receiver=receiver)
         self._num_mismatches += 1
@@ -368,8 +356,3 @@ class Guard:
         """Wait until all ranks know what this one knows: the first that leaves breaks off what the others wait for."""
         with suppress(CommunicationError):
             barrier(self._grid.comm, self._waiter)
-
-
-def new_tallies(config: Config) -> tuple[Tally, Tally] | tuple[None, None]:
-    """Return what counts the messages within pipelines, and those between replicas, if that is asked for."""
-    return (Tally(digest), Tally(digest)) if config.guard.messages else (None, None)

@@ -19,8 +19,9 @@ from hpcpipe.pipeline.messages import Messages
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.gradients import Gradients, TiedGradients
-from hpcpipe.train.guard import ALONE, Guard, Surroundings, Verdict, new_tallies
+from hpcpipe.train.guard import ALONE, Guard, Surroundings, Verdict
 from hpcpipe.train.guard_actions import ActionGuard
+from hpcpipe.train.guard_messages import MessageGuard
 from hpcpipe.train.norm import SquareSums
 from hpcpipe.train.rows import Heard, Notes, StepRows
 from hpcpipe.train.stage_tensors import StageTensors
@@ -124,7 +125,8 @@ class Trainer:
         assert all(stage.shard == grid.replica for stage in state.stages.values())
         self._gradients = Gradients(state, config.parallel.lanes // grid.data, schedule.num_microbatches)
         received = new_arrays({"received": received_spec(state.stages, grid.data)}, "sums")["received"]
-        in_pipeline, between_replicas = tallies = new_tallies(config)
+        messages = MessageGuard(grid, waiter) if config.guard.messages else None
+        between_replicas = messages.between_replicas if messages is not None else None
         self._exchange = ShardExchange(grid.data_comm, waiter, mode, received, between_replicas)
         waiter.background = [self._exchange.advance]
         self._updates = Updates(state, grid.replica, self._exchange)
@@ -141,6 +143,7 @@ class Trainer:
             begin=waiter.watch.begin,
             end=waiter.watch.end,
         )
+        in_pipeline = messages.in_pipeline if messages is not None else None
         channel = Channel(grid.pipeline_comm, waiter, mode, in_pipeline, "message")
         self.stages = state.compute_stages(config.parallel.microbatch_size, config.train.recompute, timed=True)
         self.before_update: Callable[[], None] = lambda: None
@@ -158,7 +161,7 @@ class Trainer:
         actions = ActionGuard(
             *(work, schedule, state.model, layers, grid, waiter), config.run.seed, config.guard.recompute_every
         )
-        self._guard = Guard(state, grid, waiter, self._rows, actions, tallies, surroundings)
+        self._guard = Guard(state, grid, waiter, self._rows, actions, messages, surroundings)
 
     @property
     def memory(self) -> Memory:
@@ -263,6 +266,8 @@ class Trainer:
         bubble = self._waiter.waited_s / self._executor.run_s
         self.before_update()
         hooks.point("agree")
+        # While the last messages between ranks are under way.
+        self._guard.look()
         self._exchange.finish()
         self._tied.add_uses(self._gradients.totals)
         has_head = state.last_stage in state.stages
