@@ -15,8 +15,10 @@ from hpcpipe.mpi.channel import Channel
 from hpcpipe.recovery.standing import NOTHING
 
 VERSIONS = 2
-_LEAST_CHUNK = 1 << 16
-_MOST_CHUNKS = 64
+_LEAST_MESSAGE = 1 << 18
+_MOST_MESSAGES = 64
+_PIECE = 1 << 16
+"""Elements that are copied at a time: a message that the rank waits for is not looked for meanwhile."""
 
 
 def neighbour_of(role: int, pipeline: int, data: int) -> int:
@@ -238,7 +240,7 @@ class Copies:
 
 def _cut(flat: np.ndarray) -> list[np.ndarray]:
     """Cut elements into messages, alike on both ends."""
-    size = max(_LEAST_CHUNK, -(-flat.size // _MOST_CHUNKS))
+    size = max(_LEAST_MESSAGE, -(-flat.size // _MOST_MESSAGES))
     return [flat[first : first + size] for first in range(0, flat.size, size)]
 
 
@@ -250,10 +252,10 @@ def _matches(flat: np.ndarray, sizes: Sequence[int], known: Sequence[int]) -> bo
 
 
 def _pairs(parts: Sequence[np.ndarray], flat: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield pieces of the parts, none longer than `_LEAST_CHUNK`, and where they go."""
+    """Yield pieces of the parts, none longer than `_PIECE`, and where they go."""
     start = 0
     for part in parts:
-        for first in range(0, part.size, _LEAST_CHUNK):
-            piece = part[first : first + _LEAST_CHUNK]
+        for first in range(0, part.size, _PIECE):
+            piece = part[first : first + _PIECE]
             yield piece, flat[start + first : start + first + piece.size]
         start += part.size

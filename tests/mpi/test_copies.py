@@ -13,7 +13,7 @@ from hpcpipe.recovery.transfer import Entry, Parts, carry_out, plan_moves
 pytestmark = pytest.mark.mpi(min_size=2)
 
 # Empty ones, and more than one chunk and one message.
-SIZES = (3, 0, 70_000, 1, 200_001)
+SIZES = (3, 0, 70_000, 1, 700_001)
 
 
 def sizes_of(rank):

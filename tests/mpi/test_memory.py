@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 from support.small_training import Training
-from support.snapshots import allocate_snapshot
+from support.snapshots import allocate_copies, allocate_snapshot
 
 from hpcpipe.kernels.threads import Team
 from hpcpipe.memory.block import allocated_bytes
@@ -44,6 +44,7 @@ def test_every_rank_allocates_what_was_predicted(comm, schedule, recompute, prec
             team=team,
         )
         snapshot = allocate_snapshot(training.state)
+        copies = allocate_copies(training.config, training.schedule, training.state, training.grid.comm.rank)
         allocated = Counter(allocated_bytes()) - before
         predicted = predict_memory(training.config, training.schedule, training.grid.stage_rank, training.grid.replica)
         assert allocated == predicted
@@ -51,6 +52,6 @@ def test_every_rank_allocates_what_was_predicted(comm, schedule, recompute, prec
         training.run(1)
         assert Counter(allocated_bytes()) - before == predicted
         assert snapshot.nbytes == predicted["snapshot"]
-        del snapshot
+        del snapshot, copies
         training.close()
     team.close()

@@ -1,9 +1,13 @@
-"""The memory that a rank's checkpoints are copied into, made as a run makes it."""
+"""The memory that a rank's state is copied into, for checkpoints and for other ranks, made as a run makes it."""
 
 import numpy as np
 
 from hpcpipe.checkpoint.snapshot import snapshot_bytes
+from hpcpipe.config.schema import Config
 from hpcpipe.memory.shared import SharedBlock
+from hpcpipe.recovery.copies import Copies, kept_by
+from hpcpipe.schedule.action import Schedule
+from hpcpipe.train.parts import entries_of_grid, parts_of
 from hpcpipe.train.save import SNAPSHOT, piece_specs
 from hpcpipe.train.state import State
 
@@ -15,3 +19,12 @@ def allocate_snapshot(state: State) -> np.ndarray:
         return shared.allocate(snapshot_bytes(spec.num_bytes for spec in piece_specs(state)))
     finally:
         shared.close()
+
+
+def allocate_copies(config: Config, schedule: Schedule, state: State, role: int) -> Copies | None:
+    """Make what a rank keeps of its own and its neighbour's state; None for a rank that is alone."""
+    degrees = config.parallel.pipeline, config.parallel.data
+    if degrees == (1, 1):
+        return None
+    kept = kept_by(role, *degrees)
+    return Copies(parts_of(state), kept, entries_of_grid(config, schedule)[1][kept], 1)

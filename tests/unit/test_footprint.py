@@ -2,10 +2,11 @@
 
 import gc
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.snapshots import allocate_snapshot
+from support.snapshots import allocate_copies, allocate_snapshot
 
 from hpcpipe.config.check import check_stages, resolve
 from hpcpipe.config.schema import Config, ModelConfig, ParallelConfig, TrainConfig
@@ -50,7 +51,8 @@ def allocate(config, program, rank, replica):
     executor = Executor(program, rank, stages, NoTransport(), work)
     forward = build_forward(program.stage_to_rank, 5)
     evaluator = Executor(forward, rank, state.compute_stages(4), NoTransport(), work, executor.memory)
-    return executor, evaluator, allocate_snapshot(state)
+    copies = allocate_copies(config, program, state, replica * 2 + rank)
+    return executor, evaluator, allocate_snapshot(state), copies
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
@@ -66,8 +68,14 @@ def test_the_prediction_is_what_is_allocated(schedule, recompute, rank, data):
     predicted = predict_memory(config, program, rank, data - 1)
     assert predicted.pop("sums") > 0
     assert allocated == predicted
-    assert set(allocated) == {"weights", "moments", "gradients", "activations", "batches", "snapshot"}
+    assert set(allocated) == {"weights", "moments", "gradients", "activations", "batches", "snapshot", "copies"}
     del held
+
+
+def test_no_copies_take_no_memory():
+    config, program = configured("1f1b", "none", 4)
+    config = replace(config, recovery=replace(config.recovery, copy_every=0))
+    assert "copies" not in predict_memory(config, program, 0)
 
 
 @pytest.mark.parametrize("name", [name for name in GENERATORS if name != "forward"])
@@ -119,8 +127,9 @@ def test_replicas_share_the_moments(data):
     predicted, stages = [], []
     for replicas in (1, data):
         config, program = configured(microbatches=64, data=replicas, lanes=replicas)
-        # A replica's share of the microbatches is a matter of its own, and so is what it writes to checkpoints.
-        shared = Counter(predict_memory(config, program, 0)) - Counter({"batches": 1 << 40, SNAPSHOT: 1 << 40})
+        # A replica's share of the microbatches is a matter of its own, and so are copies of what it updates.
+        apart = Counter(dict.fromkeys(("batches", "copies", SNAPSHOT), 1 << 40))
+        shared = Counter(predict_memory(config, program, 0)) - apart
         predicted.append(shared.total())
         stages.append(build_state(config, program.stage_to_rank, 0).stages[0])
     whole, shard = (sum(arena.flat.size for arena in stage.moments.values()) for stage in stages)
