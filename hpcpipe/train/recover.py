@@ -74,6 +74,7 @@ def live(member: Member) -> ExitCode:
     """
     crew, parallel = member.crew, member.base.config.parallel
     member.grid = crew.form_grid(member.role, parallel.pipeline, parallel.data)
+    member.base.beacon.epoch(member.epoch, member.role)
     if not crew.can_recover:
         return run_epoch(member) if member.grid is not None else wait_as_spare(member)
     while True:

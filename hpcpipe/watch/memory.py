@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hpcpipe.cluster.environment import LAUNCH_ID
+from hpcpipe.cluster.holder import process_start
 from hpcpipe.watch.layout import (
     FACTS_AT,
     FACTS_BYTES,
@@ -25,6 +26,7 @@ from hpcpipe.watch.layout import (
     SLOT_BYTES,
     SUPERVISOR_AT,
     VERSION,
+    read_identity,
     read_text,
     write_text,
 )
@@ -33,6 +35,7 @@ SHARED_MEMORY = Path("/dev/shm")
 """Memory that processes share by name; a folder on disk does too."""
 
 _NAP_S = 0.01
+_NEW_NS = 60_000_000_000
 
 
 def memory_name(environ: Mapping[str, str] = os.environ) -> str:
@@ -70,6 +73,18 @@ def remove_leftovers(launch_id: str, patience_s: float = 1.0, folder: Path = SHA
                 with contextlib.suppress(OSError):
                     path.unlink()
         time.sleep(_NAP_S)
+
+
+def sweep(folder: Path = SHARED_MEMORY) -> None:
+    """Remove memory files of launches all of whose processes were killed, the supervisor too, so that nobody could."""
+    for path in folder.glob("hpcpipe-*-*"):
+        with contextlib.suppress(OSError):
+            memory = MemoryFile(path, 0)
+            try:
+                if memory.is_abandoned():
+                    memory.unlink()
+            finally:
+                memory.close()
 
 
 class MemoryFile:
@@ -144,6 +159,14 @@ class MemoryFile:
         """Return the slot of a local rank."""
         start = NODE_BYTES + number * SLOT_BYTES
         return self.view[start : start + SLOT_BYTES]
+
+    def is_abandoned(self) -> bool:
+        """Return whether it has been there for a while, and neither a supervisor nor a rank is left."""
+        made_ns = HEADER.unpack_from(self.view)[6]
+        if time.monotonic_ns() - made_ns < _NEW_NS or not self.claim():
+            return False
+        owners = (read_identity(self.slot(number)) for number in range(self.num_slots))
+        return not any(one.process >= 0 and process_start(one.pid) == str(one.started) for one in owners)
 
     def claim(self) -> bool:
         """Become the one supervisor of the node; False if there is one."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import hpcpipe
 from hpcpipe.cluster.environment import rank_hint
 from hpcpipe.watch.beacon import Beacon, NoBeacon
-from hpcpipe.watch.memory import SHARED_MEMORY, MemoryFile, memory_name
+from hpcpipe.watch.memory import SHARED_MEMORY, MemoryFile, memory_name, sweep
 
 _LOCAL_SIZES = ("OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
@@ -64,6 +64,7 @@ def attach(
     try:
         beacon = Beacon(found, slot, process, revive)
         if slot == 0:
+            sweep(folder)
             start_supervisor(found.path)
     except OSError as error:
         if slot == 0:

@@ -5,6 +5,7 @@ file. How it decides is in docs/hangs.md.
 """
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -27,6 +28,7 @@ _CLOSE_TURN_S = 0.2
 _LOST_TURN_S = 0.05
 _SETTLE_S = 0.2
 _PRINT_S = 0.05
+_AFTERMATH_S = 10.0
 _SLOW_TURNS = 2
 
 
@@ -47,6 +49,7 @@ class Supervisor:
     _seats: dict[int, Seat] = field(default_factory=dict)
     _lost: dict[int, tuple[Rank | None, bytes]] = field(default_factory=dict)
     _lost_at: float = 0.0
+    _killed_at: float = -math.inf
     _has_failed: bool = False
     _polled: list[int] = field(default_factory=list)
     _poller: select.poll = field(default_factory=select.poll)
@@ -167,6 +170,7 @@ class Supervisor:
         if not all(seat.quiet_s for seat in guilty):
             # It has come back to life meanwhile.
             return
+        self._killed_at = time.monotonic()
         name = self.notebook.new_name()
         text = self.notebook.describe_hang(culprits, ranks, name)
         # Without fault tolerance the launcher ends all ranks at once, and one of them is to print it before.
@@ -213,6 +217,9 @@ class Supervisor:
     def _report_lost(self) -> None:
         """Keep the flight recorders of ranks that died, and what the others did."""
         lost, self._lost = self._lost, {}
+        if time.monotonic() - self._killed_at < _AFTERMATH_S and all(seat.has_ended for seat in self._seats.values()):
+            # Without fault tolerance the launcher has ended the others.
+            return
         flights = {process: content for process, (_, content) in lost.items()} | self._flights()
         self.notebook.lost([rank for rank, _ in lost.values() if rank is not None], flights)
 

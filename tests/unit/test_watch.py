@@ -35,7 +35,7 @@ from hpcpipe.watch.layout import (
     read_state,
     write_text,
 )
-from hpcpipe.watch.memory import MemoryFile, memory_name, remove_leftovers
+from hpcpipe.watch.memory import MemoryFile, memory_name, remove_leftovers, sweep
 from hpcpipe.watch.pace import Pace
 from hpcpipe.watch.story import tell
 from hpcpipe.watch.verdict import Rank, find_culprits, find_slow, is_deadlock, is_straggling
@@ -415,6 +415,26 @@ class TestMemory:
         remove_leftovers("a", 0.0, tmp_path)
         remove_leftovers("", 0.0, tmp_path)
         assert [path.name for path in tmp_path.iterdir()] == ["hpcpipe-b-1"]
+
+
+def test_files_of_launches_that_were_killed_are_swept_away(tmp_path):
+    alive, dead, new = (MemoryFile(tmp_path / f"hpcpipe-{name}-1", 1, 1) for name in ("alive", "dead", "new"))
+    Beacon(alive, 0, 0)
+    Beacon(dead, 0, 0)
+    struct.pack_into("<q", dead.slot(0), 16, 1)
+    (tmp_path / "hpcpipe-other-1").write_bytes(b"x")
+    (tmp_path / "hpcpipe-folder-1").mkdir()
+    sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+    for one in (alive, dead):
+        struct.pack_into("<q", one.view, 32, time.monotonic_ns() - 61 * 10**9)
+    supervised = MemoryFile(dead.path, 0)
+    assert supervised.claim()
+    sweep(tmp_path)
+    assert dead.path.exists()
+    supervised.close()
+    sweep(tmp_path)
+    assert alive.path.exists() and new.path.exists() and not dead.path.exists()
 
 
 RANK_0 = {
