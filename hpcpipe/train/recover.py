@@ -76,6 +76,7 @@ def live(member: Member) -> ExitCode:
     member.grid = crew.form_grid(member.role, parallel.pipeline, parallel.data)
     member.base.beacon.epoch(member.epoch, member.role)
     if not crew.can_recover:
+        hooks.take_rank(None if member.role == NOTHING else member.role)
         return run_epoch(member) if member.grid is not None else wait_as_spare(member)
     while True:
         member.base.beacon.epoch(member.epoch, member.role)
