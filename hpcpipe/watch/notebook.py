@@ -146,13 +146,13 @@ class Notebook:
         why = MODE_WORDS.get(mode, "")
         cause = f"{rank.name} was still for {seconds:.1f} s{f', {why}' if why else ''}"
         self._event("straggler", cause=cause, **{**_facts(rank), "seconds": round(seconds, 3), "why": why})
-        self._print(f"straggler: {cause}, and goes on", [rank])
+        if why:
+            self._print(f"straggler: {cause}, and goes on", [rank])
 
     def slow(self, rank: Rank) -> None:
         """Record that a rank has become slower."""
         cause = f"{rank.name} takes {rank.pace:.1f} times as long as before for its own part of a step"
         self._event("straggler", cause=cause, **_facts(rank), factor=round(rank.pace, 2))
-        self._print(f"straggler: {cause}", [rank])
 
     def lost(self, ranks: Sequence[Rank], flights: Mapping[int, bytes]) -> None:
         """Keep the flight recorders after deaths."""

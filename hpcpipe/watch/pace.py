@@ -10,7 +10,11 @@ _COLD = 2
 
 
 class Pace:
-    """Compares the last steps with those before them, by medians, so that one slow step does not count."""
+    """Compares the last steps with those before them, so that single slow steps do not count.
+
+    The last ones are taken by their median, or by four thirds of the shortest if that is less: whoever shares its core
+    with others has slow steps now and then, one that has become slower has no others.
+    """
 
     def __init__(self) -> None:
         self._num_steps = 0
@@ -31,4 +35,5 @@ class Pace:
             return 0.0
         times = list(self._times)
         usual = median(times[:-_RECENT])
-        return median(times[-_RECENT:]) / usual if usual > 0 else 0.0
+        recent = times[-_RECENT:]
+        return min(median(recent), min(recent) * 4 / 3) / usual if usual > 0 else 0.0
