@@ -1,20 +1,27 @@
-"""Copies of a rank's weights and moments in its own memory and in a neighbour's, made while the rank waits.
+"""Copies of a rank's weights and moments, made while the rank waits, where a neighbour has them when it dies.
 
-Each rank keeps the two newest versions of its own state and of a neighbour's, so that one version of every rank is
-held while the next is under way: the collective call of each step keeps the ranks within one step of each other.
+Each rank keeps the two newest versions of its own state, so that one is whole while the next is under way: the
+collective call of each step keeps the ranks within one step of each other. Its neighbour maps them, if it runs on the
+same machine: memory outlives the process that wrote it. On another machine the neighbour gets them as messages.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from hpcpipe.kernels.digest import digest
-from hpcpipe.memory.layout import new_arrays
-from hpcpipe.model.tensors import BufferSpec, f32
-from hpcpipe.mpi.channel import Channel
+from hpcpipe.memory.block import new_block
+from hpcpipe.memory.shared import SharedBlock, map_shared
+from hpcpipe.mpi.channel import Channel, MessageMode
+from hpcpipe.mpi.collectives import gather_rows
+from hpcpipe.mpi.grid import Grid
+from hpcpipe.mpi.wait import Waiter
 from hpcpipe.recovery.standing import NOTHING
+from hpcpipe.recovery.store import VERSIONS, Store, store_bytes
 
-VERSIONS = 2
+NAME = "copies"
+"""What their memory is counted under."""
+
 _LEAST_MESSAGE = 1 << 18
 _MOST_MESSAGES = 64
 _PIECE = 1 << 16
@@ -22,7 +29,7 @@ _PIECE = 1 << 16
 
 
 def neighbour_of(role: int, pipeline: int, data: int) -> int:
-    """Return the rank that keeps the copies of a rank: in another replica, or half a pipeline away.
+    """Return the rank that has the copies of a rank: in another replica, or half a pipeline away.
 
     Ranks are placed in order, so that on several nodes it is mostly on another one.
     """
@@ -30,7 +37,7 @@ def neighbour_of(role: int, pipeline: int, data: int) -> int:
 
 
 def kept_by(role: int, pipeline: int, data: int) -> int:
-    """Return the rank whose copies a rank keeps; the inverse of `neighbour_of`."""
+    """Return the rank whose copies a rank has; the inverse of `neighbour_of`."""
     return (role - _distance(pipeline, data)) % (pipeline * data)
 
 
@@ -38,12 +45,9 @@ def _distance(pipeline: int, data: int) -> int:
     return pipeline if data > 1 else max(1, pipeline // 2)
 
 
-def copy_specs(own_size: int, held_size: int) -> dict[str, BufferSpec]:
-    """Return what `Copies` keeps: two versions of a rank's own elements, and of its neighbour's."""
-    return {
-        **{f"own {version}": f32(own_size) for version in range(VERSIONS)},
-        **{f"held {version}": f32(held_size) for version in range(VERSIONS)},
-    }
+def copies_bytes(own_parts: Sequence[int], held_parts: Sequence[int], *, as_messages: bool) -> int:
+    """Return the bytes that `Copies` allocates: also for the neighbour's versions if they come as messages."""
+    return store_bytes(own_parts) + (store_bytes(held_parts) if as_messages else 0)
 
 
 def _unknown(step: int) -> Sequence[int]:
@@ -51,16 +55,12 @@ def _unknown(step: int) -> Sequence[int]:
 
 
 class Copies:
-    """What a rank keeps of its own state, and of its neighbour's.
+    """What a rank keeps of its own state, and has of its neighbour's.
 
     Parameters
     ----------
     parts : sequence of ndarray of float32
         What is copied: flat views of the live state, owned by the caller and only read.
-    held_role : int
-        The neighbour whose state is kept here.
-    held_parts : sequence of int
-        Elements of each of the neighbour's parts.
     every : int
         Steps between two copies.
     digests : callable
@@ -68,32 +68,24 @@ class Copies:
 
     Attributes
     ----------
-    own_steps, held_steps : list of int
-        Step of each version, -1 where there is none.
     held_role : int
-        As above.
+        The rank whose copies are here, -1 before `connect`.
     """
 
     def __init__(
-        self,
-        parts: Sequence[np.ndarray],
-        held_role: int,
-        held_parts: Sequence[int],
-        every: int,
-        digests: Callable[[int], Sequence[int]] = _unknown,
+        self, parts: Sequence[np.ndarray], every: int, digests: Callable[[int], Sequence[int]] = _unknown
     ) -> None:
         self._parts = list(parts)
-        self._held_parts = list(held_parts)
-        self._digests = digests
-        self._digests_sent = np.zeros(len(self._parts), np.uint64)
-        self._digests_held = np.zeros((VERSIONS, len(self._held_parts)), np.uint64)
-        own_size = sum(part.size for part in self._parts)
-        arrays = new_arrays(copy_specs(own_size, sum(held_parts)), "copies")
-        self._own = [arrays[f"own {version}"] for version in range(VERSIONS)]
-        self._held = [arrays[f"held {version}"] for version in range(VERSIONS)]
-        self.own_steps, self.held_steps = [NOTHING] * VERSIONS, [NOTHING] * VERSIONS
-        self.held_role = held_role
         self._every = every
+        self._digests = digests
+        sizes = [part.size for part in self._parts]
+        self._block = SharedBlock(NAME)
+        self._num_bytes = store_bytes(sizes)
+        self._own = Store(self._block.allocate(self._num_bytes), sizes).clear()
+        self.held_role = NOTHING
+        self._held: Store | None = None
+        self._forgotten: set[int] = set()
+        self._sends = self._receives = False
         self._channel: Channel | None = None
         self._right = self._left = 0
         self._step = NOTHING
@@ -101,27 +93,70 @@ class Copies:
         self._todo: list[tuple[np.ndarray, np.ndarray]] = []
         self._unsent: list[np.ndarray] = []
         self._filled = 0
+        self._digests_sent = np.zeros(len(sizes), np.uint64)
         self._under_way: list[str] = []
         self._is_moving = False
 
-    def connect(self, channel: Channel, right: int, left: int) -> None:
-        """Copy over a channel from now on; what was under way is forgotten.
+    def close(self) -> None:
+        """Give the memory back, as far as no neighbour has it."""
+        self._block.close()
+
+    def connect(
+        self,
+        grid: Grid,
+        waiter: Waiter,
+        mode: MessageMode,
+        held_parts: Sequence[int],
+        hosts: Sequence[str],
+        processes: Sequence[int],
+    ) -> None:
+        """Find the neighbours of a grid, whose ranks all call it; what was under way before is forgotten.
 
         Parameters
         ----------
-        channel : Channel
-            Between the ranks of the grid.
-        right, left : int
-            The rank that keeps this one's state, and the one whose state is kept here.
+        grid : Grid
+            This rank's place.
+        waiter : Waiter
+            Waits, with its deadline.
+        mode : MessageMode
+            How messages are sent.
+        held_parts : sequence of int
+            Elements of each part of the rank whose copies this one has.
+        hosts, processes : sequence of str, of int
+            The machine of each rank, and the number of its process there.
         """
-        self._channel, self._right, self._left = channel, right, left
+        rank, comm = grid.comm.rank, grid.comm
+        self._right = neighbour_of(rank, grid.pipeline, grid.data)
+        self._left = self.held_role = kept_by(rank, grid.pipeline, grid.data)
+        self._channel = Channel(comm, waiter, mode)
         self._todo, self._unsent, self._under_way, self._is_moving = [], [], [], False
-        self._step = NOTHING
+        self._step, self._forgotten = NOTHING, set()
+        handles = gather_rows(comm, waiter, np.array([self._block.handle], np.int64))[:, 0]
+        mapped = None
+        if hosts[self._left] == hosts[rank]:
+            mapped = _map(processes[self._left], int(handles[self._left]), held_parts)
+        has_mapped = gather_rows(comm, waiter, np.array([mapped is not None]))[:, 0]
+        self._sends, self._receives = not has_mapped[self._right], mapped is None
+        if mapped is None:
+            memory = new_block(store_bytes(held_parts), NAME)
+            mapped = Store(memory, held_parts).clear()
+        self._held = mapped
+
+    @property
+    def own_steps(self) -> tuple[int, ...]:
+        """Step of each version of this rank's state, -1 where there is none."""
+        return tuple(self._own.steps.tolist())
+
+    @property
+    def held_steps(self) -> tuple[int, ...]:
+        """Step of each version of the neighbour's state."""
+        if self._held is None:
+            return (NOTHING,) * VERSIONS
+        return tuple(NOTHING if step in self._forgotten else step for step in self._held.steps.tolist())
 
     def forget_after(self, step: int) -> None:
         """Drop versions of later steps, which will be computed again."""
-        for steps in (self.own_steps, self.held_steps):
-            steps[:] = [version if version <= step else NOTHING for version in steps]
+        self._own.steps[self._own.steps > step] = NOTHING
 
     def begin(self, step: int) -> None:
         """Start to copy the state of a finished step, if one is due; every rank of the grid calls it."""
@@ -140,7 +175,7 @@ class Copies:
         self._is_moving = True
         if self._todo:
             self._copy_one()
-        else:
+        elif self._under_way:
             assert self._channel is not None
             self._under_way = [name for name in self._under_way if not self._channel.is_complete(name)]
         self._is_moving = False
@@ -157,7 +192,7 @@ class Copies:
         """
         if self._step == NOTHING:
             return
-        assert self._channel is not None
+        assert self._channel is not None and self._held is not None
         self._is_moving = True
         while self._todo:
             self._copy_one()
@@ -165,77 +200,97 @@ class Copies:
             self._channel.wait(name)
         self._is_moving = False
         own, held = self._slots
-        self.own_steps[own] = self.held_steps[held] = self._step
+        self._own.steps[own] = self._step
+        if self._receives:
+            self._held.steps[held] = self._step
         self._step, self._under_way = NOTHING, []
 
     def drop_damaged(self) -> list[str]:
         """Look at all versions whose digests are known, forget those that have changed, and say which."""
         found = []
-        for slot, step in enumerate(self.own_steps):
-            known = self._digests(step) if step != NOTHING else ()
-            if len(known) and not _matches(self._own[slot], [part.size for part in self._parts], known):
-                self.own_steps[slot] = NOTHING
+        for version, step in enumerate(self.own_steps):
+            if step != NOTHING and self._own.is_damaged(version):
+                self._own.steps[version] = NOTHING
                 found.append(f"own copy of step {step}")
-        for slot, step in enumerate(self.held_steps):
-            known = self._digests_held[slot].tolist() if step != NOTHING else ()
-            if any(known) and not _matches(self._held[slot], self._held_parts, known):
-                self.held_steps[slot] = NOTHING
+        for version, step in enumerate(self.held_steps):
+            if step != NOTHING and self._held is not None and self._held.is_damaged(version):
+                self._forgotten.add(step)
                 found.append(f"copy of step {step} of rank {self.held_role}")
         return found
 
-    def digests(self, step: int) -> Sequence[int]:
-        """Return the digests that came with the neighbour's elements at a step, zeros if it did not know any."""
-        values: list[int] = self._digests_held[self.held_steps.index(step)].tolist()
-        return values
-
     def own(self, step: int) -> np.ndarray:
         """Return this rank's elements at a step, its parts one behind the other."""
-        return self._own[self.own_steps.index(step)]
+        return self._own.versions[self._own.find(step)]
 
     def held(self, step: int) -> np.ndarray:
-        """Return the neighbour's elements at a step."""
-        return self._held[self.held_steps.index(step)]
+        """Return the neighbour's elements at a step; only read."""
+        assert self._held is not None
+        return self._held.versions[self._held.find(step)]
+
+    def held_digests(self, step: int) -> list[int]:
+        """Return the digests of the neighbour's parts at a step, zeros if it did not know any."""
+        assert self._held is not None
+        values: list[int] = self._held.digests[self._held.find(step)].tolist()
+        return values
 
     def _start(self, step: int) -> None:
-        """Post the receives of the neighbour's version, and note what is to be copied."""
-        assert self._channel is not None
+        """Note what is to be copied, and post the receives of what the neighbour sends."""
+        assert self._held is not None
         self.finish()
-        own, held = (steps.index(step if step in steps else min(steps)) for steps in (self.own_steps, self.held_steps))
-        self.own_steps[own] = self.held_steps[held] = NOTHING
-        self._step, self._slots = step, (own, held)
-        self._exchange_digests(step, held)
-        for index, chunk in enumerate(_cut(self._held[held])):
-            name = f"part {index} of the copy of step {step} from rank {self._left}"
-            self._channel.post_receive(name, chunk, self._left, 0)
-            self._under_way.append(name)
-        # Both lists are used up from their ends.
-        self._unsent = _cut(self._own[own])[::-1]
-        self._todo = list(_pairs(self._parts, self._own[own]))[::-1]
-        self._filled = 0
-
-    def _exchange_digests(self, step: int, held: int) -> None:
-        """Give the right neighbour the digests of a step, and get those of the left one."""
-        assert self._channel is not None
-        self._digests_sent[:] = 0
+        own = self._own.oldest(step)
+        self._own.steps[own] = NOTHING
         known = self._digests(step)
-        self._digests_sent[: len(known)] = known
-        names = f"digests of step {step} from rank {self._left}", f"digests of step {step} to rank {self._right}"
-        self._channel.post_receive(names[0], self._digests_held[held], self._left, 0)
-        self._channel.start_send(names[1], self._digests_sent, self._right, 0)
-        self._under_way += names
+        self._own.digests[own] = known if len(known) else 0
+        self._step, self._slots = step, (own, self._held.oldest(step) if self._receives else 0)
+        if self._receives:
+            self._post_receives(step)
+        # Both lists are used up from their ends.
+        self._todo = list(_pieces(self._parts, self._own.versions[own]))[::-1]
+        self._unsent = _cut(self._own.versions[own])[::-1] if self._sends else []
+        self._filled = 0
+        if self._sends:
+            self._send(f"digests of step {step}", self._own.digests[own])
+
+    def _post_receives(self, step: int) -> None:
+        assert self._channel is not None and self._held is not None
+        held = self._slots[1]
+        self._held.steps[held] = NOTHING
+        for index, array in enumerate((self._held.digests[held], *_cut(self._held.versions[held]))):
+            name = f"part {index} of the copy of step {step} from rank {self._left}"
+            self._channel.post_receive(name, array, self._left, 0)
+            self._under_way.append(name)
 
     def _copy_one(self) -> None:
-        """Copy a piece of the state, and send what is complete."""
-        assert self._channel is not None
+        """Copy a piece of the state, and send what is complete, if it is sent."""
         source, target = self._todo.pop()
         np.copyto(target, source)
         self._filled += target.size
         while self._unsent and (not self._todo or self._unsent[-1].size <= self._filled):
             chunk = self._unsent.pop()
             self._filled -= chunk.size
-            name = f"part {len(self._unsent)} of the copy of step {self._step} to rank {self._right}"
-            self._channel.start_send(name, chunk, self._right, 0)
-            self._under_way.append(name)
+            self._send(f"part {len(self._unsent)} of the copy of step {self._step}", chunk)
+
+    def _send(self, what: str, array: np.ndarray) -> None:
+        assert self._channel is not None
+        name = f"{what} to rank {self._right}"
+        self._channel.start_send(name, array, self._right, 0)
+        self._under_way.append(name)
+
+
+def _map(process: int, handle: int, sizes: Sequence[int]) -> Store | None:
+    """Map the store of another process of this machine; None where the system does not let us see it."""
+    try:
+        descriptor = os.open(f"/proc/{process}/fd/{handle}", os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        if os.fstat(descriptor).st_size < store_bytes(sizes):
+            return None
+        return Store(map_shared(descriptor, store_bytes(sizes)), sizes)
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def _cut(flat: np.ndarray) -> list[np.ndarray]:
@@ -244,14 +299,7 @@ def _cut(flat: np.ndarray) -> list[np.ndarray]:
     return [flat[first : first + size] for first in range(0, flat.size, size)]
 
 
-def _matches(flat: np.ndarray, sizes: Sequence[int], known: Sequence[int]) -> bool:
-    """Tell whether parts that lie one behind the other have these digests."""
-    ends = np.cumsum(sizes).tolist()
-    parts = (flat[end - size : end] for end, size in zip(ends, sizes, strict=True))
-    return all(digest(part) == value for part, value in zip(parts, known, strict=True))
-
-
-def _pairs(parts: Sequence[np.ndarray], flat: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _pieces(parts: Sequence[np.ndarray], flat: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield pieces of the parts, none longer than `_PIECE`, and where they go."""
     start = 0
     for part in parts:

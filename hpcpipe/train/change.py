@@ -53,6 +53,8 @@ class Change:
         """Make it so."""
         keeps_place = self.is_same_grid and self.decision.roles[member.crew.rank] == member.role
         if not keeps_place or self.state is None or self.state is not member.state:
+            if member.copies is not None:
+                member.copies.close()
             member.copies = None
         member.processes, member.roles, member.grid = self.processes, self.decision.roles, self.grid
         member.outline, member.state = self.outline, self.state
@@ -155,7 +157,7 @@ def _known_digests(member: Member, holder: Holder, step: int) -> Sequence[int]:
     """Return the digests of a rank's parts that this process holds, nothing if it knows none."""
     if holder.source is Source.HELD:
         assert member.copies is not None
-        return member.copies.digests(step)
+        return member.copies.held_digests(step)
     return member.state.digests.get(step, ()) if member.state is not None else ()
 
 

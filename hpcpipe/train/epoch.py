@@ -11,9 +11,8 @@ from hpcpipe.config.interval import parse_interval
 from hpcpipe.errors import ExitCode
 from hpcpipe.memory.block import huge_pages
 from hpcpipe.mpi.agree import together
-from hpcpipe.mpi.channel import Channel
 from hpcpipe.mpi.collectives import broadcast_bytes
-from hpcpipe.recovery.copies import Copies, kept_by, neighbour_of
+from hpcpipe.recovery.copies import Copies, kept_by
 from hpcpipe.telemetry.metrics import last_step
 from hpcpipe.telemetry.status import read_status
 from hpcpipe.train.batches import TrainingBatches
@@ -214,14 +213,14 @@ def _keep_copies(member: Member, session: Session, state: State, trainer: Traine
     grid, every = session.grid, session.config.recovery.copy_every
     if not every or grid.comm.size == 1:
         return None
-    role, degrees = grid.comm.rank, (grid.pipeline, grid.data)
-    kept = kept_by(role, *degrees)
     copies = member.copies
     if copies is None:
-        _, sizes = entries_of_grid(session.config, session.schedule)
-        copies = Copies(parts_of(state), kept, sizes[kept], every, lambda step: state.digests.get(step, ()))
-        member.copies = copies
-    copies.connect(Channel(grid.comm, session.waiter, session.mode), neighbour_of(role, *degrees), kept)
+        copies = member.copies = Copies(parts_of(state), every, lambda step: state.digests.get(step, ()))
+    _, sizes = entries_of_grid(session.config, session.schedule)
+    kept = kept_by(grid.comm.rank, grid.pipeline, grid.data)
+    places = member.places_of_ranks()
+    hosts, processes = [place.host for place in places], [place.pid for place in places]
+    copies.connect(grid, session.waiter, session.mode, sizes[kept], hosts, processes)
     copies.forget_after(state.step)
     copies.take(state.step)
     session.waiter.background.append(copies.advance)

@@ -18,7 +18,7 @@ from hpcpipe.mpi.wait import Waiter
 from hpcpipe.optim.adamw import MOMENTS
 from hpcpipe.pipeline.buffers import RankLayout, StageShape
 from hpcpipe.pipeline.packed import packed_tensors, panel_specs
-from hpcpipe.recovery.copies import copy_specs, kept_by
+from hpcpipe.recovery.copies import NAME, copies_bytes, kept_by
 from hpcpipe.schedule.action import Schedule
 from hpcpipe.train.batches import batch_specs
 from hpcpipe.train.gradients import tied_spec, tied_uses
@@ -33,7 +33,9 @@ from hpcpipe.train.step import received_spec
 _FLOAT_BYTES = 4
 
 
-def predict_memory(config: Config, schedule: Schedule, stage_rank: int, replica: int = 0) -> dict[str, int]:
+def predict_memory(
+    config: Config, schedule: Schedule, stage_rank: int, replica: int = 0, *, on_several_nodes: bool = False
+) -> dict[str, int]:
     """Return the bytes that a rank allocates to train, by what they are for.
 
     Beside them are small things: views of these blocks, the program itself, and what MPI keeps.
@@ -48,8 +50,10 @@ def predict_memory(config: Config, schedule: Schedule, stage_rank: int, replica:
         The rank's place in its pipeline.
     replica : int
         The replica that it belongs to.
+    on_several_nodes : bool
+        Whether a rank may have to keep its neighbour's copies in memory of its own.
     """
-    rank = _Rank(config, plan_model(config, schedule.num_stages), schedule, stage_rank)
+    rank = _Rank(config, plan_model(config, schedule.num_stages), schedule, stage_rank, on_several_nodes)
     activations = Counter({"activations": sum(rank.activations.place()[1])})
     return dict(rank.fixed() + rank.of_replica(replica) + activations)
 
@@ -111,12 +115,20 @@ def describe_allocated(grid: Grid, waiter: Waiter, predicted: Mapping[str, int])
 class _Rank:
     """The plans of one pipeline rank."""
 
-    def __init__(self, config: Config, plan: ModelPlan, schedule: Schedule, stage_rank: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        plan: ModelPlan,
+        schedule: Schedule,
+        stage_rank: int,
+        is_on_several_nodes: bool = False,
+    ) -> None:
         parallel, model = config.parallel, config.model
         self._config = config
         self._schedule = schedule
         self._plan = plan
         self._stage_rank = stage_rank
+        self._is_on_several_nodes = is_on_several_nodes
         self._model = plan.layers
         self._stages = {index: plan.stage(index) for index in schedule.stages_of(stage_rank)}
         stream = (parallel.microbatch_size * model.context, model.width)
@@ -171,8 +183,8 @@ class _Rank:
         role = replica * parallel.pipeline + self._stage_rank
         kept, stage_rank = divmod(kept_by(role, parallel.pipeline, parallel.data), parallel.pipeline)
         neighbour = [self._plan.stage(index) for index in self._schedule.stages_of(stage_rank)]
-        own_size = sum(entries_of(self._stages.values(), replica)[1])
-        return {"copies": _bytes(copy_specs(own_size, sum(entries_of(neighbour, kept)[1])))}
+        own, held = entries_of(self._stages.values(), replica)[1], entries_of(neighbour, kept)[1]
+        return {NAME: copies_bytes(own, held, as_messages=self._is_on_several_nodes)}
 
     def total(self, activation_bytes: int) -> int:
         """Return all bytes of the replica that needs most."""

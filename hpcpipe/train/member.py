@@ -128,6 +128,11 @@ class Member:
         """The live process that speaks for the run."""
         return self.roles.index(0)
 
+    def places_of_ranks(self) -> list[Place]:
+        """Return where each rank of the grid runs."""
+        by_role = dict(zip(self.roles, self.processes, strict=True))
+        return [self.places[by_role[role]] for role in range(max(self.roles) + 1)]
+
     def spares(self) -> list[int]:
         """Return the live processes without a role."""
         return [rank for rank, role in enumerate(self.roles) if role == NOTHING]

@@ -169,6 +169,8 @@ def leave_if_asked(session: Session, stop: StopRequest, step: int = 0) -> None:
 
 def require_own_memory(session: Session, config: Config) -> dict[str, int]:
     """Refuse a run that does not fit, and return the bytes that this rank needs, by what they are for."""
-    needed = predict_memory(config, session.schedule, session.grid.stage_rank, session.grid.replica)
+    grid = session.grid
+    is_spread = grid.comm.size > session.num_local_ranks
+    needed = predict_memory(config, session.schedule, grid.stage_rank, grid.replica, on_several_nodes=is_spread)
     require_memory(sum(needed.values()), session.num_local_ranks, memory().available_bytes)
     return needed

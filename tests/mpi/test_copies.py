@@ -1,16 +1,21 @@
 """Copies of a rank's state in its own and its neighbour's memory, and moves between processes."""
 
+import os
+
 import numpy as np
 import pytest
 from support.hard_messages import MODE
 
 from hpcpipe.kernels.digest import digest
 from hpcpipe.mpi.channel import Channel
+from hpcpipe.mpi.grid import line_grid
 from hpcpipe.mpi.wait import Waiter
-from hpcpipe.recovery.copies import Copies, kept_by, neighbour_of
+from hpcpipe.recovery.copies import Copies, kept_by
 from hpcpipe.recovery.transfer import Entry, Parts, carry_out, plan_moves
 
 pytestmark = pytest.mark.mpi(min_size=2)
+
+both = pytest.mark.parametrize("far", [False, True], ids=["mapped", "sent"])
 
 # Empty ones, and more than one chunk and one message.
 SIZES = (3, 0, 70_000, 1, 700_001)
@@ -26,18 +31,24 @@ def state_of(rank, step):
     return [rng.standard_normal(size, np.float32) for size in sizes_of(rank)]
 
 
-def make(comm, every=1, *, knows=True):
+def connect(copies, comm, waiter, far):
+    """Find the neighbours, as if every rank were on a machine of its own if `far`."""
+    left = kept_by(comm.rank, comm.size, 1)
+    hosts = [str(rank * far) for rank in range(comm.size)]
+    copies.connect(line_grid(comm), waiter, MODE, sizes_of(left), hosts, comm.allgather(os.getpid()))
+
+
+def make(comm, far, every=1, *, knows=True):
     """A rank's live parts, and their copies."""
     live = state_of(comm.rank, 0)
-    left = kept_by(comm.rank, comm.size, 1)
 
     def digests(step):
         return [digest(part) for part in state_of(comm.rank, step)] if knows else ()
 
-    copies = Copies(live, left, sizes_of(left), every, digests)
+    copies = Copies(live, every, digests)
     waiter = Waiter(60.0)
     waiter.background.append(copies.advance)
-    copies.connect(Channel(comm, waiter, MODE), neighbour_of(comm.rank, comm.size, 1), left)
+    connect(copies, comm, waiter, far)
     return live, copies
 
 
@@ -50,47 +61,52 @@ def flat(rank, step):
     return np.concatenate(state_of(rank, step))
 
 
-def test_the_two_newest_versions_are_kept(comm):
-    live, copies = make(comm)
+@both
+def test_the_two_newest_versions_are_kept(comm, far):
+    live, copies = make(comm, far)
     left = kept_by(comm.rank, comm.size, 1)
     for step in range(6):
         update(live, comm.rank, step)
         copies.begin(step)
         for _ in range(step):
             copies.advance()
+        comm.Barrier()
         if step:
             assert copies.own(step - 1).tobytes() == flat(comm.rank, step - 1).tobytes()
             assert copies.held(step - 1).tobytes() == flat(left, step - 1).tobytes()
+        comm.Barrier()
         copies.finish()
+        # As the collective call of every step does.
+        comm.Barrier()
         assert sorted(copies.own_steps) == sorted(copies.held_steps) == sorted([max(step - 1, -1), step])
         assert copies.own(step).tobytes() == flat(comm.rank, step).tobytes()
         assert copies.held(step).tobytes() == flat(left, step).tobytes()
+        comm.Barrier()
     assert copies.drop_damaged() == []
 
 
-def test_a_copy_now_and_then(comm):
-    live, copies = make(comm, every=3)
+@both
+def test_a_copy_now_and_then(comm, far):
+    live, copies = make(comm, far, every=3)
     for step in range(8):
         update(live, comm.rank, step)
         copies.begin(step)
         copies.finish()
+    comm.Barrier()
     assert sorted(copies.own_steps) == sorted(copies.held_steps) == [3, 6]
 
 
-def test_what_was_under_way_is_forgotten_with_the_channel(comm):
-    live, copies = make(comm)
+@both
+def test_what_was_under_way_is_forgotten_with_the_channel(comm, far):
+    live, copies = make(comm, far)
     copies.take(0)
     update(live, comm.rank, 1)
     copies.begin(1)
     copies.finish()
     copies.begin(2)
     duplicate = comm.Dup()
-    # As after a failure: the other end has gone.
-    waiter = Waiter(60.0)
     copies.finish()
-    copies.connect(
-        Channel(duplicate, waiter, MODE), neighbour_of(comm.rank, comm.size, 1), kept_by(comm.rank, comm.size, 1)
-    )
+    connect(copies, duplicate, Waiter(60.0), far)
     copies.forget_after(1)
     assert sorted(copies.own_steps) == [-1, 1]
     copies.take(1)
@@ -98,35 +114,45 @@ def test_what_was_under_way_is_forgotten_with_the_channel(comm):
     duplicate.Free()
 
 
-def test_damaged_versions_are_dropped(comm):
-    live, copies = make(comm)
+@both
+def test_damaged_versions_are_dropped(comm, far):
+    live, copies = make(comm, far)
     for step in (0, 1):
         update(live, comm.rank, step)
         copies.take(step)
-    copies.own(0).view(np.uint32)[5] ^= 1 << 30
-    copies.held(1).view(np.uint32)[-1] ^= 1
     left = kept_by(comm.rank, comm.size, 1)
-    assert copies.drop_damaged() == ["own copy of step 0", f"copy of step 1 of rank {left}"]
+    assert copies.held_digests(0) == [digest(part) for part in state_of(left, 0)]
+    copies.own(0).view(np.uint32)[5] ^= 1 << 30
+    if far:
+        copies.held(1).view(np.uint32)[-1] ^= 1
+    comm.Barrier()
+    found = copies.drop_damaged()
+    comm.Barrier()
+    assert found[0] == "own copy of step 0"
     assert sorted(copies.own_steps) == [-1, 1]
-    assert sorted(copies.held_steps) == [-1, 0]
-    assert copies.digests(0) == [digest(part) for part in state_of(left, 0)]
+    # What is mapped is the neighbour's own, of which it has damaged the other version.
+    assert sorted(copies.held_steps) == ([-1, 0] if far else [-1, 1])
+    assert not far or found[1:] == [f"copy of step 1 of rank {left}"]
 
 
-def test_a_copy_of_a_damaged_state_is_dropped_everywhere(comm):
-    live, copies = make(comm)
+@both
+def test_a_copy_of_a_damaged_state_is_dropped_everywhere(comm, far):
+    live, copies = make(comm, far)
     copies.take(0)
     update(live, comm.rank, 1)
     if comm.rank == 1:
         live[2].view(np.uint32)[123] ^= 1 << 30
     copies.take(1)
     found = copies.drop_damaged()
+    comm.Barrier()
     assert (1 in copies.own_steps) == (comm.rank != 1)
     assert (1 in copies.held_steps) == (kept_by(comm.rank, comm.size, 1) != 1)
-    assert bool(found) == (comm.rank == 1 or kept_by(comm.rank, comm.size, 1) == 1)
+    assert bool(found) or (comm.rank != 1 and (not far or kept_by(comm.rank, comm.size, 1) != 1))
 
 
-def test_without_digests_nothing_is_dropped(comm):
-    _, copies = make(comm, knows=False)
+@both
+def test_without_digests_nothing_is_dropped(comm, far):
+    _, copies = make(comm, far, knows=False)
     copies.take(0)
     copies.own(0)[0] += 1
     assert copies.drop_damaged() == []

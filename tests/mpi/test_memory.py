@@ -44,7 +44,7 @@ def test_every_rank_allocates_what_was_predicted(comm, schedule, recompute, prec
             team=team,
         )
         snapshot = allocate_snapshot(training.state)
-        copies = allocate_copies(training.config, training.schedule, training.state, training.grid.comm.rank)
+        copies = allocate_copies(training.config, training.state)
         allocated = Counter(allocated_bytes()) - before
         predicted = predict_memory(training.config, training.schedule, training.grid.stage_rank, training.grid.replica)
         assert allocated == predicted

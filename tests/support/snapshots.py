@@ -5,9 +5,8 @@ import numpy as np
 from hpcpipe.checkpoint.snapshot import snapshot_bytes
 from hpcpipe.config.schema import Config
 from hpcpipe.memory.shared import SharedBlock
-from hpcpipe.recovery.copies import Copies, kept_by
-from hpcpipe.schedule.action import Schedule
-from hpcpipe.train.parts import entries_of_grid, parts_of
+from hpcpipe.recovery.copies import Copies
+from hpcpipe.train.parts import parts_of
 from hpcpipe.train.save import SNAPSHOT, piece_specs
 from hpcpipe.train.state import State
 
@@ -21,10 +20,9 @@ def allocate_snapshot(state: State) -> np.ndarray:
         shared.close()
 
 
-def allocate_copies(config: Config, schedule: Schedule, state: State, role: int) -> Copies | None:
+def allocate_copies(config: Config, state: State) -> Copies | None:
     """Make what a rank keeps of its own and its neighbour's state; None for a rank that is alone."""
     degrees = config.parallel.pipeline, config.parallel.data
     if degrees == (1, 1):
         return None
-    kept = kept_by(role, *degrees)
-    return Copies(parts_of(state), kept, entries_of_grid(config, schedule)[1][kept], 1)
+    return Copies(parts_of(state), 1)

@@ -51,7 +51,7 @@ def allocate(config, program, rank, replica):
     executor = Executor(program, rank, stages, NoTransport(), work)
     forward = build_forward(program.stage_to_rank, 5)
     evaluator = Executor(forward, rank, state.compute_stages(4), NoTransport(), work, executor.memory)
-    copies = allocate_copies(config, program, state, replica * 2 + rank)
+    copies = allocate_copies(config, state)
     return executor, evaluator, allocate_snapshot(state), copies
 
 
