@@ -9,6 +9,9 @@ from hpcpipe.errors import ExitCode
 FIRST_STEP = 6
 _STEPS = range(3, 16)
 
+FULL_DISK = "full"
+"""Folder below that of a run in which a row has mounted a disk without space."""
+
 KINDS_OF_BITS = ("same", "restart", "twin", "none")
 
 
@@ -44,7 +47,7 @@ class Act:
     Attributes
     ----------
     do : str
-        Name of a signal, or ``remove`` or ``fill`` (a file of the run directory: is on a full disk from then on).
+        Name of a signal, or ``remove`` or ``fill`` (a file of the run directory: is on `FULL_DISK` from then on).
     to : str
         ``launch``, ``mpirun``, ``supervisor``, ``process N`` or ``writer N`` (beside a process); or the file's name.
     step : int or None
@@ -118,7 +121,7 @@ class Row:
     twin : str
         ``HPCPIPE_FAULT`` of a run on one rank that must end with the same bits, with the same places.
     before : str
-        Shell commands before the launch, in the same shell.
+        Shell commands before the launch, in the same shell; ``$HPCPIPE_CHAOS_FOLDER`` is a folder of the run's own.
     is_alone : bool
         Whether the shell runs in a mount namespace of its own.
     limit_s : float

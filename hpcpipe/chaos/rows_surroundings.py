@@ -1,6 +1,6 @@
 """Rows 40 to 49 of the fault matrix: signals, the launcher, clocks, memory, files, MPI, and a user's code."""
 
-from hpcpipe.chaos.row import Act, Event, Expected, Row
+from hpcpipe.chaos.row import FULL_DISK, Act, Event, Expected, Row
 from hpcpipe.errors import ExitCode
 
 _STOPPED = Expected(
@@ -10,6 +10,11 @@ _STOPPED = Expected(
     events=(Event("stopped"),),
     max_end_s=15.0,
 )
+_FULL_DISK = f"""\
+cd "$HPCPIPE_CHAOS_FOLDER" && mkdir {FULL_DISK} && mount -t tmpfs -o size=4k tmpfs {FULL_DISK}
+head -c 4096 /dev/zero > {FULL_DISK}/metrics.jsonl
+cd "$OLDPWD"
+"""
 _UNDISTURBED = Expected("training is not disturbed", absent=("recovered",))
 
 
@@ -139,7 +144,7 @@ def _of_programs() -> tuple[Row, ...]:
             "48.exit",
             "sys.exit in a user's code on one rank",
             "forward",
-            _failed("SystemExit"),
+            Expected("it dies, and the others go on without it", events=(Event("recovered", max_lost_steps=1),)),
             "exit:process=1:step={step}:phase=forward:code=3",
         ),
         Row(
@@ -154,9 +159,14 @@ def _of_programs() -> tuple[Row, ...]:
             "metrics.jsonl is on a full disk",
             "step",
             Expected(
-                "training goes on, rows that were dropped are counted", absent=("recovered",), keeps_metrics=False
+                "exit 74 with the file's name, checkpoints are sound",
+                code=ExitCode.DISK,
+                bits="none",
+                told=("metrics.jsonl could not be written",),
             ),
             acts=(Act("fill", "metrics.jsonl"),),
+            before=_FULL_DISK,
+            is_alone=True,
         ),
     )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from hpcpipe.chaos.oracle import Reference, judge_bits, judge_end
-from hpcpipe.chaos.row import Act, Expected, Repetition, Row
+from hpcpipe.chaos.row import FULL_DISK, Act, Expected, Repetition, Row
 from hpcpipe.chaos.running import Running
 from hpcpipe.chaos.seen import Seen
 from hpcpipe.chaos.setting import NUM_MICROBATCHES, PACE, Setting
@@ -20,7 +20,8 @@ from hpcpipe.telemetry.metrics import last_step
 _POLL_S = 0.005
 _STRAY_S = 10.0
 _REFERENCE_LIMIT_S = 600.0
-_FULL_DISK = "/dev/full"
+_FOLDER = "HPCPIPE_CHAOS_FOLDER"
+"""Variable with a folder that is the run's own, for the shell before it."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ class Runner:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         (folder / "command").write_text(f"{shlex.join(command)}\n{dict(environ)}\n")
-        running = Running(command, folder, environ)
+        running = Running(command, folder, {**environ, _FOLDER: str(folder)})
         pending, problems, acted_s = list(acts), [], running.start_s
         try:
             while running.process.poll() is None and running.elapsed_s < limit_s:
@@ -161,7 +162,7 @@ class Runner:
                 if pending and last_step(directory / "metrics.jsonl") >= (pending[0].step or step):
                     act = pending.pop(0)
                     try:
-                        _do(act, running, directory)
+                        _do(act, running, directory, folder)
                     except (LookupError, OSError) as error:
                         problems.append(f"{act.do} to {act.to}: {error}")
                     acted_s = time.monotonic()
@@ -176,13 +177,13 @@ class Runner:
         return Seen(directory, code, elapsed_s, end_s, running.output, stray, shared, problems)
 
 
-def _do(act: Act, running: Running, directory: Path) -> None:
+def _do(act: Act, running: Running, directory: Path, folder: Path) -> None:
     """Do something to a run."""
     if act.do in ("remove", "fill"):
         path = directory / act.to
         path.unlink()
         if act.do == "fill":
-            path.symlink_to(_FULL_DISK)
+            path.symlink_to(folder / FULL_DISK / act.to)
     else:
         running.signal(act.to, signal.Signals[act.do])
 
