@@ -9,11 +9,12 @@ from hpcpipe.chaos.rows import ROWS
 from hpcpipe.chaos.runner import Runner
 from hpcpipe.chaos.setting import Setting
 
-QUICK = """
+_QUICK = """
     1 3 4 5.before 6 7 8 9 10.restore 12 18
     30.lasting-activation 32.exponent 33.moment 33.message
     40.usr1 42.mpirun 47 48
-""".split()
+"""
+QUICK = _QUICK.split()
 
 
 def parameter(row: Row) -> object:

@@ -228,7 +228,7 @@ def test_a_wrong_tag() -> None:
 def child(fault: str, then: str = "hooks.point('forward')") -> "subprocess.Popen[bytes]":
     code = f"from hpcpipe.faults import hooks\nhooks.begin(1)\nprint('ready', flush=True)\n{then}\nprint('after')"
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, "HPCPIPE_FAULT": fault}
+        [sys.executable, "-c", code], bufsize=0, stdout=subprocess.PIPE, env={**os.environ, "HPCPIPE_FAULT": fault}
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
