@@ -160,6 +160,19 @@ def test_unguarded_messages_are_not_looked_at(comm):
     training.close()
 
 
+def test_an_unguarded_state_is_not_looked_at(comm):
+    for pipeline, data in grids(comm):
+        training, told = start(comm, pipeline, data, state=False, spikes="off")
+        training.run(1)
+        inject("flip:in=moment:rank=0:step=2:bit=0", comm)
+        training.run(1)
+        training.trainer.require_sound_state()
+        assert told.events == []
+        assert training.state.digests == {}
+        assert not training.state.is_torn
+        training.close()
+
+
 @pytest.mark.parametrize("kind", ["weight", "moment"])
 def test_a_bit_that_flips_in_the_state_is_seen_before_the_update(comm, kind):
     for pipeline, data in grids(comm):
