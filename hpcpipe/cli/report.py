@@ -94,7 +94,8 @@ def _facts(event: dict[str, Any]) -> str:
 
 def _print_story(folder: Path, story: "Story") -> None:
     print(f"\nflight recorders in {folder}: {story.cause.get('text', 'why is not known')}")
-    print("\nwhat each process did then")
+    if story.processes:
+        print("\nwhat each process did then")
     for line in story.processes.values():
         print(f"  {line}")
     told = set(story.processes.values())
