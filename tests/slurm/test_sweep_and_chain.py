@@ -37,6 +37,7 @@ def test_one_task_of_an_array_is_requeued_alone(desk: Desk, undisturbed: Path) -
     assert [row["step"] for row in step_rows(desk.directory("sweep-1"))] == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_a_chain_of_jobs_where_requeueing_is_forbidden(desk: Desk, undisturbed: Path) -> None:
     words = [*desk.options, *ONE_NODE, TRAIN, *desk.train_arguments("run")]
     told = desk.cluster.run("bash", CHAIN, 3, *words, environ={**desk.environ, **SLOW}, cwd=ROOT)

@@ -71,7 +71,8 @@ def test_requeue_by_hand(desk: Desk, undisturbed: Path) -> None:
     assert events(desk.directory("run"), "resumed")[0]["step"] >= 10
 
 
-@pytest.mark.parametrize("partition", ["scavenge", pytest.param("spot", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("partition", ["scavenge", "spot"])
 def test_a_job_that_preempts(desk: Desk, undisturbed: Path, partition: str) -> None:
     """One partition gives a minute, and the warning that the script asks for; the other none."""
     job = desk.submit(*ONE_NODE, f"--partition={partition}", "--exclusive", "--nodelist=n1", environ=SLOW)
@@ -172,6 +173,7 @@ def test_ranks_that_always_fail_stop_after_the_limit(desk: Desk, tmp_path: Path)
     assert [json.loads(path.read_text())["idle"] for path in desk.directory("run").glob("job-*.json")] == [3]
 
 
+@pytest.mark.slow
 def test_requeueing_without_progress_stops_after_the_limit(desk: Desk) -> None:
     job = desk.submit(
         *ONE_NODE,
