@@ -4,9 +4,9 @@ import inspect
 
 import numpy as np
 
-from hpcpipe.kernels import activation, adamw, attention, embedding, gemm, loss, norm, reduce, reference
+from hpcpipe.kernels import activation, adamw, attention, digest, embedding, gemm, loss, norm, reduce, reference
 
-MODULES = (activation, adamw, attention, embedding, gemm, loss, norm, reduce)
+MODULES = (activation, adamw, attention, digest, embedding, gemm, loss, norm, reduce)
 KERNELS = {
     name: getattr(module, name)
     for module in MODULES
@@ -48,6 +48,7 @@ def make_arguments(name, dtype, context=7, width=15):
         "add_into": lambda: (floats(n), floats(n)),
         "sum_of_squares": lambda: (floats(n),),
         "block_sums_of_squares": lambda: (floats(n), np.full(5, NAN)),
+        "digest_blocks": lambda: (random.integers(0, 1 << 32, n, dtype=np.uint32), 3, 17),
         "bias_gradient": lambda: (dout, vector, blank(width)),
         "layernorm_forward": lambda: (x, vector, floats(width), blank(rows, width), blank(rows), blank(rows)),
         "layernorm_backward_input": lambda: (dout, x, vector, mean, rstd, floats(rows, width)),

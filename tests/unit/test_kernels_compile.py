@@ -272,6 +272,7 @@ RESULTS = """
 import hashlib
 import numpy as np
 from hpcpipe.kernels import activation, adamw, attention, embedding, gemm, loss, norm, reduce, warm
+from hpcpipe.kernels.digest import digest_blocks
 
 warm.compile_all()
 numbers = np.random.default_rng(0)
@@ -309,6 +310,7 @@ calls = {
     "add_into": (reduce.add_into, f(R), f(R)),
     "sum_of_squares": (reduce.sum_of_squares, f(R * C)),
     "block_sums_of_squares": (reduce.block_sums_of_squares, f(4 * reduce.BLOCK + 3), np.zeros(5)),
+    "digest_blocks": (digest_blocks, f(R * C + 1).view(np.uint32), 0, 100),
     "bias_gradient": (reduce.bias_gradient, f(R, C), f(C), f(C)),
     "adamw_update": (
         adamw.adamw_update, f(R), f(R), f(R), abs(f(R)), 0.5, 1e-3, 0.9, 0.95, 1e-8, 0.1, 0.1, 0.05
