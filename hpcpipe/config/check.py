@@ -43,6 +43,8 @@ POSITIVE = (
     "train.learning_rate",
 )
 
+SHORTEST_HANG_S = 2.0
+
 
 def resolve(config: Config, world_size: int, has_bf16_unit: bool = False, node: Node | None = None) -> Config:
     """Check a configuration for a number of ranks and fill in what it leaves to be chosen.
@@ -238,6 +240,15 @@ def _decay_follows_warmup(config: Config, world_size: int) -> str | None:
     )
 
 
+def _hangs_can_be_told_from_waits(config: Config, world_size: int) -> str | None:
+    if config.recovery.hang_s == 0 or config.recovery.hang_s >= SHORTEST_HANG_S:
+        return None
+    return (
+        f"recovery.hang_s = {config.recovery.hang_s}: ranks on busy cores are still for so long now and then: set it to"
+        f" {SHORTEST_HANG_S:g} or more, or to 0 so that hangs are not looked for"
+    )
+
+
 def _lanes_fit(config: Config, world_size: int) -> str | None:
     lanes, microbatches, data = config.parallel.lanes, config.parallel.microbatches, config.parallel.data
     if microbatches % lanes == 0 and lanes % data == 0:
@@ -258,6 +269,7 @@ CHECKS: tuple[Check, ...] = (
     _betas_are_decay_rates,
     _learning_rate_falls,
     _decay_follows_warmup,
+    _hangs_can_be_told_from_waits,
     degrees_fill_the_ranks,
 )
 """Checks of a configuration as loaded."""

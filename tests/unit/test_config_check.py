@@ -48,6 +48,11 @@ def test_precision_goes_by_the_processor_unless_it_is_set():
     assert resolve(config(train={"precision": "bf16"}), 1).train.precision == "bf16"
 
 
+def test_hangs_need_not_be_looked_for():
+    for hang_s in (0.0, 2.0, 600.0):
+        assert resolve(config(recovery={"hang_s": hang_s}), 1).recovery.hang_s == hang_s
+
+
 @pytest.mark.parametrize("steps", [10, 1000])
 def test_a_resolved_configuration_resolves_to_itself(steps):
     resolved = resolve(config(train={"steps": steps}), 4)
@@ -57,6 +62,7 @@ def test_a_resolved_configuration_resolves_to_itself(steps):
 @pytest.mark.parametrize(
     ("world_size", "sections", "words"),
     [
+        (1, {"recovery": {"hang_s": 0.5}}, ["recovery.hang_s = 0.5", "to 2 or more", "0 so that"]),
         (
             4,
             {"parallel": {"pipeline": 3, "data": 2}},
