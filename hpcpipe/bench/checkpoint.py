@@ -110,7 +110,8 @@ class _Bench:
         grid = self._session.grid
         self._state = build_state(config, setup.schedule.stage_to_rank, grid.stage_rank, grid.replica)
         self._state.fill_initial()
-        self._checkpoints = Checkpoints(self._session, self._state, writer, {}, None, Cadence(Interval(), 1.0, 0.0), "0")
+        never = Cadence(Interval(), 1.0, 0.0)
+        self._checkpoints = Checkpoints(self._session, self._state, writer, {}, None, never, "0")
         self._waiter.timeout_s = _WAIT_S
 
     def run(self, num_rounds: int) -> dict[str, Any]:

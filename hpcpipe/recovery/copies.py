@@ -1,12 +1,12 @@
-"""Copies of a rank's weights and moments, made while the rank waits, where a neighbour has them when it dies.
+"""Copies of a rank's weights and moments, made while the rank waits, where others have them when it dies.
 
 Each rank keeps the two newest versions of its own state, so that one is whole while the next is under way: the
-collective call of each step keeps the ranks within one step of each other. Its neighbour maps them, if it runs on the
-same machine: memory outlives the process that wrote it. On another machine the neighbour gets them as messages.
+collective call of each step keeps the ranks within one step of each other. All ranks of the same machine map them:
+memory outlives the process that wrote it. If its neighbour is on another machine it gets them as messages besides.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from hpcpipe.mpi.collectives import gather_rows
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.mpi.wait import Waiter
 from hpcpipe.recovery.standing import NOTHING
-from hpcpipe.recovery.store import VERSIONS, Store, store_bytes
+from hpcpipe.recovery.store import Store, store_bytes
 
 NAME = "copies"
 """What their memory is counted under."""
@@ -29,7 +29,7 @@ _PIECE = 1 << 16
 
 
 def neighbour_of(role: int, pipeline: int, data: int) -> int:
-    """Return the rank that has the copies of a rank: in another replica, or half a pipeline away.
+    """Return the rank that has the copies of a rank wherever it runs: in another replica, or half a pipeline away.
 
     Ranks are placed in order, so that on several nodes it is mostly on another one.
     """
@@ -37,7 +37,7 @@ def neighbour_of(role: int, pipeline: int, data: int) -> int:
 
 
 def kept_by(role: int, pipeline: int, data: int) -> int:
-    """Return the rank whose copies a rank has; the inverse of `neighbour_of`."""
+    """Return the rank whose copies a rank has wherever it runs; the inverse of `neighbour_of`."""
     return (role - _distance(pipeline, data)) % (pipeline * data)
 
 
@@ -55,7 +55,7 @@ def _unknown(step: int) -> Sequence[int]:
 
 
 class Copies:
-    """What a rank keeps of its own state, and has of its neighbour's.
+    """What a rank keeps of its own state, and has of others'.
 
     Parameters
     ----------
@@ -65,11 +65,6 @@ class Copies:
         Steps between two copies.
     digests : callable
         Takes a step; returns the digest of each part as the update of that step has left it, nothing if not known.
-
-    Attributes
-    ----------
-    held_role : int
-        The rank whose copies are here, -1 before `connect`.
     """
 
     def __init__(
@@ -82,10 +77,10 @@ class Copies:
         self._block = SharedBlock(NAME)
         self._num_bytes = store_bytes(sizes)
         self._own = Store(self._block.allocate(self._num_bytes), sizes).clear()
-        self.held_role = NOTHING
-        self._held: Store | None = None
-        self._forgotten: set[int] = set()
-        self._sends = self._receives = False
+        self._held: dict[int, Store] = {}
+        self._forgotten: set[tuple[int, int]] = set()
+        self._received: Store | None = None
+        self._sends = False
         self._channel: Channel | None = None
         self._right = self._left = 0
         self._step = NOTHING
@@ -106,11 +101,11 @@ class Copies:
         grid: Grid,
         waiter: Waiter,
         mode: MessageMode,
-        held_parts: Sequence[int],
+        parts: Mapping[int, Sequence[int]],
         hosts: Sequence[str],
         processes: Sequence[int],
     ) -> None:
-        """Find the neighbours of a grid, whose ranks all call it; what was under way before is forgotten.
+        """Find the other ranks of a grid, which all call it; what was under way before is forgotten.
 
         Parameters
         ----------
@@ -120,39 +115,40 @@ class Copies:
             Waits, with its deadline.
         mode : MessageMode
             How messages are sent.
-        held_parts : sequence of int
-            Elements of each part of the rank whose copies this one has.
+        parts : mapping of int to sequence of int
+            Elements of each part of every rank.
         hosts, processes : sequence of str, of int
             The machine of each rank, and the number of its process there.
         """
         rank, comm = grid.comm.rank, grid.comm
         self._right = neighbour_of(rank, grid.pipeline, grid.data)
-        self._left = self.held_role = kept_by(rank, grid.pipeline, grid.data)
+        self._left = kept_by(rank, grid.pipeline, grid.data)
         self._channel = Channel(comm, waiter, mode)
         self._todo, self._unsent, self._under_way, self._is_moving = [], [], [], False
         self._step, self._forgotten = NOTHING, set()
         handles = gather_rows(comm, waiter, np.array([self._block.handle], np.int64))[:, 0]
-        mapped = None
-        if hosts[self._left] == hosts[rank]:
-            mapped = _map(processes[self._left], int(handles[self._left]), held_parts)
-        has_mapped = gather_rows(comm, waiter, np.array([mapped is not None]))[:, 0]
-        self._sends, self._receives = not has_mapped[self._right], mapped is None
-        if mapped is None:
-            memory = new_block(store_bytes(held_parts), NAME)
-            mapped = Store(memory, held_parts).clear()
-        self._held = mapped
+        near = (role for role, host in enumerate(hosts) if host == hosts[rank] and role != rank)
+        found = {role: _map(processes[role], int(handles[role]), parts[role]) for role in near}
+        self._held = {role: store for role, store in found.items() if store is not None}
+        has_mapped = gather_rows(comm, waiter, np.array([self._left in self._held]))[:, 0]
+        self._sends, self._received = not has_mapped[self._right], None
+        if self._left not in self._held:
+            memory = new_block(store_bytes(parts[self._left]), NAME)
+            self._received = self._held[self._left] = Store(memory, parts[self._left]).clear()
 
     @property
-    def own_steps(self) -> tuple[int, ...]:
+    def own_steps(self) -> tuple[int, int]:
         """Step of each version of this rank's state, -1 where there is none."""
-        return tuple(self._own.steps.tolist())
+        first, second = self._own.steps.tolist()
+        return first, second
 
-    @property
-    def held_steps(self) -> tuple[int, ...]:
-        """Step of each version of the neighbour's state."""
-        if self._held is None:
-            return (NOTHING,) * VERSIONS
-        return tuple(NOTHING if step in self._forgotten else step for step in self._held.steps.tolist())
+    def held_steps(self, role: int) -> tuple[int, int]:
+        """Return the step of each version of another rank's state, -1 where there is none here."""
+        if role not in self._held:
+            return NOTHING, NOTHING
+        steps = self._held[role].steps.tolist()
+        first, second = (NOTHING if (role, step) in self._forgotten else step for step in steps)
+        return first, second
 
     def forget_after(self, step: int) -> None:
         """Drop versions of later steps, which will be computed again."""
@@ -192,7 +188,7 @@ class Copies:
         """
         if self._step == NOTHING:
             return
-        assert self._channel is not None and self._held is not None
+        assert self._channel is not None
         self._is_moving = True
         while self._todo:
             self._copy_one()
@@ -201,49 +197,46 @@ class Copies:
         self._is_moving = False
         own, held = self._slots
         self._own.steps[own] = self._step
-        if self._receives:
-            self._held.steps[held] = self._step
+        if self._received is not None:
+            self._received.steps[held] = self._step
         self._step, self._under_way = NOTHING, []
 
-    def drop_damaged(self) -> list[str]:
-        """Look at all versions whose digests are known, forget those that have changed, and say which."""
-        found = []
-        for version, step in enumerate(self.own_steps):
-            if step != NOTHING and self._own.is_damaged(version):
-                self._own.steps[version] = NOTHING
-                found.append(f"own copy of step {step}")
-        for version, step in enumerate(self.held_steps):
-            if step != NOTHING and self._held is not None and self._held.is_damaged(version):
-                self._forgotten.add(step)
-                found.append(f"copy of step {step} of rank {self.held_role}")
-        return found
+    def own(self, step: int) -> np.ndarray | None:
+        """Return this rank's elements at a step, its parts one behind the other; None if they were damaged."""
+        version = self._own.find(step)
+        if self._own.is_damaged(version):
+            self._own.steps[version] = NOTHING
+            return None
+        return self._own.versions[version]
 
-    def own(self, step: int) -> np.ndarray:
-        """Return this rank's elements at a step, its parts one behind the other."""
-        return self._own.versions[self._own.find(step)]
+    def whole(self) -> list[np.ndarray]:
+        """Return the versions of this rank's state that are there."""
+        return [self._own.versions[version] for version, step in enumerate(self.own_steps) if step != NOTHING]
 
-    def held(self, step: int) -> np.ndarray:
-        """Return the neighbour's elements at a step; only read."""
-        assert self._held is not None
-        return self._held.versions[self._held.find(step)]
+    def held(self, role: int, step: int) -> np.ndarray | None:
+        """Return another rank's elements at a step, only read; None if they were damaged, and gone from then on."""
+        store = self._held[role]
+        version = store.find(step)
+        if store.is_damaged(version):
+            self._forgotten.add((role, step))
+            return None
+        return store.versions[version]
 
-    def held_digests(self, step: int) -> list[int]:
-        """Return the digests of the neighbour's parts at a step, zeros if it did not know any."""
-        assert self._held is not None
-        values: list[int] = self._held.digests[self._held.find(step)].tolist()
+    def held_digests(self, role: int, step: int) -> list[int]:
+        """Return the digests of another rank's parts at a step, zeros if it did not know any."""
+        store = self._held[role]
+        values: list[int] = store.digests[store.find(step)].tolist()
         return values
 
     def _start(self, step: int) -> None:
         """Note what is to be copied, and post the receives of what the neighbour sends."""
-        assert self._held is not None
         self.finish()
         own = self._own.oldest(step)
         self._own.steps[own] = NOTHING
         known = self._digests(step)
         self._own.digests[own] = known if len(known) else 0
-        self._step, self._slots = step, (own, self._held.oldest(step) if self._receives else 0)
-        if self._receives:
-            self._post_receives(step)
+        self._step, self._slots = step, (own, 0 if self._received is None else self._received.oldest(step))
+        self._post_receives(step)
         # Both lists are used up from their ends.
         self._todo = list(_pieces(self._parts, self._own.versions[own]))[::-1]
         self._unsent = _cut(self._own.versions[own])[::-1] if self._sends else []
@@ -252,10 +245,12 @@ class Copies:
             self._send(f"digests of step {step}", self._own.digests[own])
 
     def _post_receives(self, step: int) -> None:
-        assert self._channel is not None and self._held is not None
-        held = self._slots[1]
-        self._held.steps[held] = NOTHING
-        for index, array in enumerate((self._held.digests[held], *_cut(self._held.versions[held]))):
+        store, held = self._received, self._slots[1]
+        if store is None:
+            return
+        assert self._channel is not None
+        store.steps[held] = NOTHING
+        for index, array in enumerate((store.digests[held], *_cut(store.versions[held]))):
             name = f"part {index} of the copy of step {step} from rank {self._left}"
             self._channel.post_receive(name, array, self._left, 0)
             self._under_way.append(name)

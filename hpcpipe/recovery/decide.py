@@ -16,7 +16,7 @@ class Source(Enum):
 
     LIVE = "live"
     OWN = "own copy"
-    HELD = "neighbour's copy"
+    HELD = "copy of another rank"
 
 
 @dataclass(frozen=True)
@@ -124,10 +124,10 @@ def newest(standings: Sequence[Standing], num_roles: int) -> tuple[int, dict[int
     versions: list[dict[int, Holder]] = [{} for _ in range(num_roles)]
     for source in (Source.HELD, Source.OWN, Source.LIVE):
         for rank in reversed(range(len(standings))):
-            role, steps = _offer(standings[rank], source)
-            for step in steps:
-                if role != NOTHING and step != NOTHING:
-                    versions[role][step] = Holder(rank, source)
+            for role, steps in _offers(standings[rank], source):
+                for step in steps:
+                    if step != NOTHING:
+                        versions[role][step] = Holder(rank, source)
     common = set.intersection(*(set(held) for held in versions))
     if not common:
         return NOTHING, {}
@@ -135,11 +135,13 @@ def newest(standings: Sequence[Standing], num_roles: int) -> tuple[int, dict[int
     return step, {role: held[step] for role, held in enumerate(versions)}
 
 
-def _offer(one: Standing, source: Source) -> tuple[int, tuple[int, ...]]:
-    """Return the rank whose state a survivor has, and of which steps."""
+def _offers(one: Standing, source: Source) -> list[tuple[int, tuple[int, ...]]]:
+    """Return the ranks whose state a survivor has, and of which steps."""
     if source is Source.HELD:
-        return one.held_role, one.held
-    return one.role, one.own if source is Source.OWN else (one.live,)
+        return list(enumerate(one.held))
+    if one.is_spare:
+        return []
+    return [(one.role, one.own if source is Source.OWN else (one.live,))]
 
 
 def assign(standings: Sequence[Standing], before: tuple[int, int], after: tuple[int, int]) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """What each process has to offer after a failure: one row of integers, which all processes exchange."""
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -24,10 +24,9 @@ class Standing:
         Step that its weights and moments are of, -1 if they are of none.
     own : (int, int)
         Steps of the copies of its state in its own memory, -1 for none.
-    held_role : int
-        The rank whose copies it holds, -1 for none.
-    held : (int, int)
-        Steps of these.
+    held : tuple of (int, int)
+        For each rank of the grid, the steps of the copies of its state that this process can reach, -1 for none; empty
+        if it can reach none at all.
     finished : int
         One more than the exit code of the run, if its part of the run is over; else 0.
     failed : int
@@ -41,8 +40,7 @@ class Standing:
     is_ready: bool = False
     live: int = NOTHING
     own: tuple[int, int] = (NOTHING, NOTHING)
-    held_role: int = NOTHING
-    held: tuple[int, int] = (NOTHING, NOTHING)
+    held: tuple[tuple[int, int], ...] = ()
     finished: int = 0
     failed: int = 0
     rewind: int = NOTHING
@@ -52,16 +50,15 @@ class Standing:
         """Whether it had no role."""
         return self.role == NOTHING
 
-    def to_row(self) -> np.ndarray:
-        """Return it as int64."""
-        flat: list[int] = []
-        for value in astuple(self):
-            flat.extend(value if isinstance(value, tuple) else (int(value),))
-        return np.array(flat, np.int64)
+    def to_row(self, num_roles: int) -> np.ndarray:
+        """Return it as int64; `num_roles` ranks have been in the grid."""
+        facts = [self.process, self.role, self.is_ready, self.live, *self.own, self.finished, self.failed, self.rewind]
+        held = self.held or ((NOTHING, NOTHING),) * num_roles
+        return np.array([*facts, *(step for steps in held for step in steps)], np.int64)
 
     @classmethod
     def from_row(cls, row: np.ndarray) -> "Standing":
         """Return what `to_row` was called on."""
-        process, role, is_ready, live, own0, own1, held_role, held0, held1, finished, failed, rewind = row.tolist()
-        own, held = (own0, own1), (held0, held1)
-        return cls(process, role, bool(is_ready), live, own, held_role, held, finished, failed, rewind)
+        process, role, is_ready, live, first, second, finished, failed, rewind, *rest = row.tolist()
+        held = tuple(zip(rest[::2], rest[1::2], strict=True))
+        return cls(process, role, bool(is_ready), live, (first, second), held, finished, failed, rewind)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hpcpipe.faults import hooks
+from hpcpipe.errors import Interruption
 from hpcpipe.mpi.channel import Channel
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.recovery.decide import Decision, Holder, Source
@@ -99,7 +99,7 @@ def restore(
             wanted[rank] = _wants(new, role)
     moves = plan_moves(entries_of_grid(old.config, old.schedule)[0], wanted)
     sources = {
-        role: _source(member, holder, decision.step)
+        role: _source(member, role, holder, decision.step)
         for role, holder in decision.holders.items()
         if holder.rank == crew.rank
     }
@@ -137,7 +137,7 @@ def _share_digests(
         name = f"digests of rank {role} from process {holder.rank} to {target}"
         if holder.rank == rank:
             known = np.zeros(len(sizes[role]), np.uint64)
-            values = _known_digests(member, holder, decision.step)
+            values = _known_digests(member, role, holder, decision.step)
             known[: len(values)] = values
             if target == rank:
                 received = known
@@ -153,11 +153,11 @@ def _share_digests(
     return tuple(received.tolist())
 
 
-def _known_digests(member: Member, holder: Holder, step: int) -> Sequence[int]:
+def _known_digests(member: Member, role: int, holder: Holder, step: int) -> Sequence[int]:
     """Return the digests of a rank's parts that this process holds, nothing if it knows none."""
     if holder.source is Source.HELD:
         assert member.copies is not None
-        return member.copies.held_digests(step)
+        return member.copies.held_digests(role, step)
     return member.state.digests.get(step, ()) if member.state is not None else ()
 
 
@@ -174,12 +174,20 @@ def _wants(outline: Outline, role: int) -> list[Entry]:
     return wanted_by({index: plan.stage(index) for index in outline.schedule.stages_of(stage_rank)}, replica)
 
 
-def _source(member: Member, holder: Holder, step: int) -> Parts:
-    """Return the elements of a rank that this process holds."""
+def _source(member: Member, role: int, holder: Holder, step: int) -> Parts:
+    """Return the elements of a rank that this process holds.
+
+    Raises
+    ------
+    Interruption
+        They were damaged; they are not offered again.
+    """
     if holder.source is Source.LIVE:
         assert member.state is not None
         return Parts(parts_of(member.state))
     assert member.copies is not None
-    copy = member.copies.own(step) if holder.source is Source.OWN else member.copies.held(step)
-    hooks.corrupt("copy", [copy])
+    copies = member.copies
+    copy = copies.own(step) if holder.source is Source.OWN else copies.held(role, step)
+    if copy is None:
+        raise Interruption(f"the copy of step {step} of rank {role} was damaged in memory")
     return Parts([copy])

@@ -9,10 +9,12 @@ from hpcpipe.cluster.processor import memory
 from hpcpipe.cluster.slurm import AllocationEnd
 from hpcpipe.config.interval import parse_interval
 from hpcpipe.errors import ExitCode
+from hpcpipe.faults import hooks
 from hpcpipe.memory.block import huge_pages
 from hpcpipe.mpi.agree import together
 from hpcpipe.mpi.collectives import broadcast_bytes
-from hpcpipe.recovery.copies import Copies, kept_by
+from hpcpipe.recovery.copies import Copies
+from hpcpipe.recovery.standing import NOTHING
 from hpcpipe.telemetry.metrics import last_step
 from hpcpipe.telemetry.status import read_status
 from hpcpipe.train.batches import TrainingBatches
@@ -105,6 +107,7 @@ def _train(member: Member, session: Session, state: State, plan: Plan | None) ->
 
     def after_step(step: int) -> None:
         if copies is not None:
+            hooks.corrupt("copy", copies.whole())
             copies.begin(step)
         _look_for_dead_spares(member, session)
 
@@ -137,6 +140,8 @@ def _tell_story(member: Member, session: Session, state: State) -> None:
     story["lost_steps"] = max(0, story.pop("finished", 0) - state.step)
     degrees = session.grid.pipeline, session.grid.data
     facts = {"step": state.step, "pipeline": degrees[0], "data": degrees[1], "spares": len(member.spares())}
+    by_role = sorted(zip(member.roles, member.processes, strict=True))
+    story["processes"] = [process for role, process in by_role if role != NOTHING]
     session.events.add("recovered", **story, **facts, epoch=member.epoch, seconds=seconds)
     session.console.say(
         f"recovered in {seconds:.2f} s: {story['cause']}; going on from step {state.step} on"
@@ -217,10 +222,9 @@ def _keep_copies(member: Member, session: Session, state: State, trainer: Traine
     if copies is None:
         copies = member.copies = Copies(parts_of(state), every, lambda step: state.digests.get(step, ()))
     _, sizes = entries_of_grid(session.config, session.schedule)
-    kept = kept_by(grid.comm.rank, grid.pipeline, grid.data)
     places = member.places_of_ranks()
     hosts, processes = [place.host for place in places], [place.pid for place in places]
-    copies.connect(grid, session.waiter, session.mode, sizes[kept], hosts, processes)
+    copies.connect(grid, session.waiter, session.mode, sizes, hosts, processes)
     copies.forget_after(state.step)
     copies.take(state.step)
     session.waiter.background.append(copies.advance)

@@ -128,10 +128,14 @@ class Member:
         """The live process that speaks for the run."""
         return self.roles.index(0)
 
+    def num_roles(self) -> int:
+        """Return the number of ranks of the grid."""
+        return max(self.roles) + 1
+
     def places_of_ranks(self) -> list[Place]:
         """Return where each rank of the grid runs."""
         by_role = dict(zip(self.roles, self.processes, strict=True))
-        return [self.places[by_role[role]] for role in range(max(self.roles) + 1)]
+        return [self.places[by_role[role]] for role in range(self.num_roles())]
 
     def spares(self) -> list[int]:
         """Return the live processes without a role."""
@@ -172,7 +176,6 @@ class Member:
 
     def note_target(self, step: int) -> None:
         """Take note of the step that the run goes back to, -1 if that is for the disk to say."""
-        if step > self._last_step:
-            self.attempts = 0
+        self.attempts = 1 if step > self._last_step else self.attempts + 1
         self.reloads += step == NOTHING
         self._last_step = step

@@ -147,7 +147,7 @@ def _meet(member: Member, end: End) -> tuple[End | None, Change | None]:
     hooks.point("shrink")
     crew.shrink()
     hooks.point("exchange")
-    standings = [Standing.from_row(row) for row in crew.exchange(_standing(member, end).to_row())]
+    standings = [Standing.from_row(row) for row in crew.exchange(_standing(member, end).to_row(member.num_roles()))]
     everyone = range(len(standings))
     knowing = [rank for rank in everyone if not standings[rank].is_spare] or list(everyone)
     is_planned = all(standings[rank].is_ready for rank in knowing)
@@ -166,7 +166,6 @@ def _meet(member: Member, end: End) -> tuple[End | None, Change | None]:
     decision = decide(standings, parallel.pipeline, parallel.data, choose_grid, member.level())
     if decision.exit_code is not None:
         return _told(member, end, decision), None
-    member.attempts += 1
     role = decision.roles[crew.rank]
     hooks.point("form")
     grid = crew.form_grid(role, decision.pipeline, decision.data)
@@ -182,17 +181,14 @@ def _meet(member: Member, end: End) -> tuple[End | None, Change | None]:
 def _standing(member: Member, end: End) -> Standing:
     """Say what this process has."""
     state, copies, is_spare = member.state, member.copies, member.role == NOTHING
-    own = held = (NOTHING, NOTHING)
-    if copies is not None:
-        copies.drop_damaged()
-        own, held = (copies.own_steps[0], copies.own_steps[1]), (copies.held_steps[0], copies.held_steps[1])
+    num_roles = member.num_roles()
+    held = () if copies is None else tuple(copies.held_steps(role) for role in range(num_roles))
     return Standing(
         process=member.crew.process,
         role=member.role,
         is_ready=member.outline is not None and (is_spare or state is not None),
         live=NOTHING if state is None or state.is_torn or is_spare else state.step,
-        own=own,
-        held_role=copies.held_role if copies is not None else NOTHING,
+        own=(NOTHING, NOTHING) if copies is None else copies.own_steps,
         held=held,
         finished=int(end.code) + 1 if end.code is not None and end.is_over and not is_spare else 0,
         failed=int(end.code) if end.code is not None and not end.is_over else 0,

@@ -33,9 +33,15 @@ def state_of(rank, step):
 
 def connect(copies, comm, waiter, far):
     """Find the neighbours, as if every rank were on a machine of its own if `far`."""
-    left = kept_by(comm.rank, comm.size, 1)
     hosts = [str(rank * far) for rank in range(comm.size)]
-    copies.connect(line_grid(comm), waiter, MODE, sizes_of(left), hosts, comm.allgather(os.getpid()))
+    copies.connect(
+        line_grid(comm),
+        waiter,
+        MODE,
+        {rank: sizes_of(rank) for rank in range(comm.size)},
+        hosts,
+        comm.allgather(os.getpid()),
+    )
 
 
 def make(comm, far, every=1, *, knows=True):
@@ -73,16 +79,20 @@ def test_the_two_newest_versions_are_kept(comm, far):
         comm.Barrier()
         if step:
             assert copies.own(step - 1).tobytes() == flat(comm.rank, step - 1).tobytes()
-            assert copies.held(step - 1).tobytes() == flat(left, step - 1).tobytes()
+            assert copies.held(left, step - 1).tobytes() == flat(left, step - 1).tobytes()
         comm.Barrier()
         copies.finish()
         # As the collective call of every step does.
         comm.Barrier()
-        assert sorted(copies.own_steps) == sorted(copies.held_steps) == sorted([max(step - 1, -1), step])
+        assert sorted(copies.own_steps) == sorted(copies.held_steps(left)) == sorted([max(step - 1, -1), step])
         assert copies.own(step).tobytes() == flat(comm.rank, step).tobytes()
-        assert copies.held(step).tobytes() == flat(left, step).tobytes()
+        assert copies.held(left, step).tobytes() == flat(left, step).tobytes()
         comm.Barrier()
-    assert copies.drop_damaged() == []
+    others = [rank for rank in range(comm.size) if rank != comm.rank]
+    for other in others if not far else [left]:
+        assert copies.held(other, step).tobytes() == flat(other, step).tobytes()
+    for other in set(others) - {left} if far else ():
+        assert copies.held_steps(other) == (-1, -1)
 
 
 @both
@@ -93,7 +103,8 @@ def test_a_copy_now_and_then(comm, far):
         copies.begin(step)
         copies.finish()
     comm.Barrier()
-    assert sorted(copies.own_steps) == sorted(copies.held_steps) == [3, 6]
+    left = kept_by(comm.rank, comm.size, 1)
+    assert sorted(copies.own_steps) == sorted(copies.held_steps(left)) == [3, 6]
 
 
 @both
@@ -115,47 +126,48 @@ def test_what_was_under_way_is_forgotten_with_the_channel(comm, far):
 
 
 @both
-def test_damaged_versions_are_dropped(comm, far):
+def test_damaged_versions_are_gone(comm, far):
     live, copies = make(comm, far)
     for step in (0, 1):
         update(live, comm.rank, step)
         copies.take(step)
+    comm.Barrier()
     left = kept_by(comm.rank, comm.size, 1)
-    assert copies.held_digests(0) == [digest(part) for part in state_of(left, 0)]
-    copies.own(0).view(np.uint32)[5] ^= 1 << 30
-    if far:
-        copies.held(1).view(np.uint32)[-1] ^= 1
+    assert copies.held_digests(left, 0) == [digest(part) for part in state_of(left, 0)]
+    copies.whole()[0].view(np.uint32)[5] ^= 1 << 30
     comm.Barrier()
-    found = copies.drop_damaged()
+    assert (copies.own(0) is None, copies.own(1) is None) == (True, False)
+    assert copies.own_steps == (-1, 1)
+    # What is sent is another copy than the damaged one.
+    if not far and copies.held_steps(left) != (-1, 1):
+        assert copies.held(left, 0) is None
+    assert copies.held(left, 1) is not None
     comm.Barrier()
-    assert found[0] == "own copy of step 0"
-    assert sorted(copies.own_steps) == [-1, 1]
-    # What is mapped is the neighbour's own, of which it has damaged the other version.
-    assert sorted(copies.held_steps) == ([-1, 0] if far else [-1, 1])
-    assert not far or found[1:] == [f"copy of step 1 of rank {left}"]
+    assert copies.held_steps(left) == ((0, 1) if far else (-1, 1))
 
 
 @both
-def test_a_copy_of_a_damaged_state_is_dropped_everywhere(comm, far):
+def test_a_copy_of_a_damaged_state_is_nowhere_used(comm, far):
     live, copies = make(comm, far)
     copies.take(0)
     update(live, comm.rank, 1)
     if comm.rank == 1:
         live[2].view(np.uint32)[123] ^= 1 << 30
     copies.take(1)
-    found = copies.drop_damaged()
     comm.Barrier()
-    assert (1 in copies.own_steps) == (comm.rank != 1)
-    assert (1 in copies.held_steps) == (kept_by(comm.rank, comm.size, 1) != 1)
-    assert bool(found) or (comm.rank != 1 and (not far or kept_by(comm.rank, comm.size, 1) != 1))
+    left = kept_by(comm.rank, comm.size, 1)
+    is_used = copies.held(left, 1) is not None
+    comm.Barrier()
+    assert is_used == (left != 1)
+    assert (copies.own(1) is not None) == (comm.rank != 1)
 
 
 @both
-def test_without_digests_nothing_is_dropped(comm, far):
+def test_without_digests_everything_is_used(comm, far):
     _, copies = make(comm, far, knows=False)
     copies.take(0)
-    copies.own(0)[0] += 1
-    assert copies.drop_damaged() == []
+    copies.whole()[0][0] += 1
+    assert copies.own(0) is not None
 
 
 def test_parts_travel_to_whoever_wants_them(comm):

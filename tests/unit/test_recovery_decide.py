@@ -14,9 +14,11 @@ def never(num_processes):
     raise AssertionError("there are enough processes")
 
 
-def working(role, live=10, own=(9, 10), held=(9, 10), *, pipeline=4, data=1, **more):
-    """A rank that keeps its own and its neighbour's copies."""
-    return Standing(100 + role, role, True, live, own, kept_by(role, pipeline, data), held, **more)
+def working(role, live=10, own=(9, 10), held=(9, 10), *, pipeline=4, data=1, near=False, **more):
+    """A rank that keeps its own and its neighbour's copies, or, if `near`, reaches those of all ranks."""
+    kept = set(range(pipeline * data)) - {role} if near else {kept_by(role, pipeline, data)}
+    steps = tuple(held if one in kept else (-1, -1) for one in range(pipeline * data))
+    return Standing(100 + role, role, True, live, own, steps, **more)
 
 
 def spare(number, *, is_ready=True):
@@ -25,8 +27,9 @@ def spare(number, *, is_ready=True):
 
 def test_rows_read_back():
     one = working(3, finished=1, failed=71, rewind=7)
-    assert Standing.from_row(one.to_row()) == one
-    assert one.to_row().size == spare(9).to_row().size
+    assert Standing.from_row(one.to_row(4)) == one
+    assert one.to_row(4).size == spare(9).to_row(4).size
+    assert Standing.from_row(spare(9).to_row(4)).held == ((-1, -1),) * 4
 
 
 def test_a_spare_takes_the_place_and_the_neighbour_has_the_state():
@@ -57,6 +60,12 @@ def test_a_rank_that_dies_with_its_neighbour_is_on_the_disk():
     decision = decide([working(0), working(2), spare(4), spare(5)], 4, 1, never)
     assert (decision.step, decision.holders) == (-1, {})
     assert sorted(decision.roles) == [0, 1, 2, 3]
+
+
+def test_on_one_machine_any_rank_that_is_left_has_the_state_of_all():
+    decision = decide([working(2, near=True), *map(spare, (4, 5, 6))], 4, 1, never)
+    assert decision.step == 10
+    assert decision.holders == {role: Holder(0, Source.LIVE if role == 2 else Source.HELD) for role in range(4)}
 
 
 def test_what_is_not_filled_yet_is_on_the_disk():
