@@ -107,7 +107,8 @@ class Row:
     expected : Expected
         What must be seen.
     inject : str
-        ``HPCPIPE_FAULT``, in which ``{step}``, ``{microbatch}`` and ``{seed}`` stand for those of the repetition.
+        ``HPCPIPE_FAULT``, in which ``{step}``, ``{microbatch}`` and ``{seed}`` stand for those of the repetition, and
+        ``{before}`` and ``{after}`` for the step before and the fourth behind.
     acts : tuple of Act
         What is done from outside.
     pipeline, data, spares : int
@@ -181,4 +182,5 @@ class Repetition:
 
     def fill(self, text: str) -> str:
         """Put the numbers of this repetition into a text."""
-        return text.format(step=self.step, microbatch=self.microbatch, seed=self.seed, after=self.step + 4)
+        steps = {"before": self.step - 1, "step": self.step, "after": self.step + 4}
+        return text.format(**steps, microbatch=self.microbatch, seed=self.seed)

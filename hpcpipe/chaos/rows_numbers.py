@@ -54,10 +54,10 @@ ROWS = (
     ),
     Row(
         "33.copy",
-        "exponent bit of each copy that is restored",
-        "recovery",
+        "exponent bit of a copy in every memory",
+        "before a recovery",
         Expected("found, goes on from elsewhere", events=(Event("recovered"),)),
-        "kill:process=1:step={step}:phase=forward;flip:in=copy:seed={seed}",
+        "kill:process=1:step={step}:phase=forward;flip:in=copy:step={before}:seed={seed}",
         spares=1,
     ),
 )
