@@ -141,9 +141,9 @@ class Notebook:
         cause = {"what": "deadlock", "text": deadlock.text.split("\n")[0], "graph": deadlock.lines}
         self._keep(name, evidence.flights, evidence.stacks, cause)
 
-    def straggled(self, rank: Rank, seconds: float, mode: str) -> None:
-        """Record that a rank was still for long, and moves again."""
-        why = MODE_WORDS.get(mode, "")
+    def straggled(self, rank: Rank) -> None:
+        """Record that a rank, as it was last seen, was still for long, and moves again."""
+        why, seconds = MODE_WORDS.get(rank.mode, ""), max(rank.quiet_s, rank.silent_s)
         cause = f"{rank.name} was still for {seconds:.1f} s{f', {why}' if why else ''}"
         self._event("straggler", cause=cause, **{**_facts(rank), "seconds": round(seconds, 3), "why": why})
         if why:

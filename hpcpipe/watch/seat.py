@@ -49,10 +49,8 @@ class Seat:
     quiet_s, silent_s : float
         Since the last event, and since the last event or sign of life; counted in turns of the supervisor, each of them
         for half a second at most, so that nobody is blamed for what holds up the whole machine.
-    straggled_s : float
-        How long the rank has been stiller than usual; 0: it is not.
-    mode : str
-        State of the process when it was so.
+    straggler : Rank or None
+        As it was seen last while it was still for longer than usual; None if it is not.
     num_slow : int
         For how many turns the rank has been slower than usual.
     is_guilty : bool
@@ -66,8 +64,7 @@ class Seat:
     alive_ns: int = 0
     quiet_s: float = 0.0
     silent_s: float = 0.0
-    straggled_s: float = 0.0
-    mode: str = "S"
+    straggler: Rank | None = None
     num_slow: int = 0
     is_guilty: bool = False
 
@@ -83,7 +80,7 @@ class Seat:
     def is_well(self) -> bool:
         """Whether the rank has moved in the last turn, or is a spare that has shown itself."""
         is_spare = self.state is not None and self.state.phase is Phase.SPARE
-        return not self.straggled_s and self.pace < SLOW and (self.silent_s if is_spare else self.quiet_s) == 0.0
+        return self.straggler is None and self.pace < SLOW and (self.silent_s if is_spare else self.quiet_s) == 0.0
 
     def look(self, turn_s: float) -> None:
         """Read what the rank shows, and count how long it has been still."""

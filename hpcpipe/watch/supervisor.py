@@ -156,10 +156,10 @@ class Supervisor:
             if rank is None:
                 continue
             if is_straggling(rank):
-                seat.straggled_s, seat.mode = max(rank.quiet_s, rank.silent_s), rank.mode
-            elif seat.straggled_s:
-                self.notebook.straggled(rank, seat.straggled_s, seat.mode)
-                seat.straggled_s = 0.0
+                seat.straggler = rank
+            elif seat.straggler is not None:
+                self.notebook.straggled(seat.straggler)
+                seat.straggler = None
 
     def _end_hang(self, culprits: list[Rank], ranks: list[Rank]) -> None:
         """Kill those who hang, after everybody's stacks and recorders are safe."""
@@ -179,7 +179,8 @@ class Supervisor:
             seat.is_guilty = True
             seat.kill()
         for seat in self._seats.values():
-            seat.quiet_s = seat.silent_s = seat.straggled_s = 0.0
+            seat.quiet_s = seat.silent_s = 0.0
+            seat.straggler = None
         self.notebook.killed(culprits, evidence, name, text)
 
     def _end_deadlock(self, ranks: list[Rank]) -> None:
