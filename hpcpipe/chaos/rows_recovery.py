@@ -1,7 +1,6 @@
-"""Rows 1 to 13 of the fault matrix: ranks that are killed, one or several, also while the run recovers."""
+"""Rows 1 to 12 of the fault matrix: ranks that are killed, one or several, also while the run recovers."""
 
 from hpcpipe.chaos.row import Act, Event, Expected, Row
-from hpcpipe.errors import ExitCode
 
 _MAX_RECOVERY_S = 2.0
 _MAX_NEW_GRID_S = 5.0
@@ -85,11 +84,22 @@ def _several() -> tuple[Row, ...]:
         ),
         Row(
             "9",
-            "SIGKILL of a rank and of the one that keeps its copy",
+            "SIGKILL of a rank and of its neighbour",
             "forward",
-            Expected("goes on from the last checkpoint, in place", events=(_recovered(max_lost_steps=None),)),
+            Expected("another rank of the machine has both copies, at most 1 step lost", events=(_recovered(),)),
             f"{first};{_kill(3, 'forward')}",
             spares=2,
+        ),
+        Row(
+            "9.all",
+            "SIGKILL of every rank",
+            "forward",
+            Expected(
+                "spares go on from the last checkpoint, in place",
+                events=(_recovered(max_lost_steps=None), Event("resumed")),
+            ),
+            ";".join(_kill(process, "forward") for process in range(4)),
+            spares=4,
             settings=("checkpoint.every=2",),
         ),
         *(
@@ -111,16 +121,6 @@ def _several() -> tuple[Row, ...]:
             Expected("the next spare takes over", events=(_recovered(),)),
             f"{first};kill:process=4:phase=restore",
             spares=2,
-        ),
-        Row(
-            "13",
-            "SIGKILL of a random rank every 5 s for 5 min",
-            "any",
-            Expected("goes on as long as there are spares", code=ExitCode.DONE, events=(_recovered(None, None, 40),)),
-            "",
-            spares=60,
-            limit_s=900.0,
-            is_slow=True,
         ),
     )
 

@@ -1,6 +1,7 @@
 """Small text files that appear whole or not at all, and logs of one JSON object per line."""
 
 import contextlib
+import errno
 import json
 import os
 import time
@@ -48,8 +49,18 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
     except ValueError as error:
         raise NumericsError(f"{path}: a value is not a finite number: {row}") from error
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        with path.open("ab", buffering=0) as file:
+            end = file.tell()
+            content = (line + "\n").encode()
+            try:
+                written = file.write(content)
+                if written != len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                # Half a line would swallow the next one.
+                with contextlib.suppress(OSError):
+                    file.truncate(end)
+                raise
     except OSError as error:
         raise _refused(path, error) from error
 

@@ -18,11 +18,20 @@ class MetricsLog:
         The file; made by the first row.
     guard : callable, optional
         Called before anything is written; raises if it must not be.
+
+    Attributes
+    ----------
+    num_dropped : int
+        Rows that the file system has not taken.
+    problem : str
+        Why, of the last one.
     """
 
     def __init__(self, path: Path, guard: Callable[[], None] | None = None) -> None:
         self._path = path
         self._guard = guard or (lambda: None)
+        self.num_dropped = 0
+        self.problem = ""
 
     def keep_until(self, step: int) -> None:
         """Drop the rows of steps after `step`, which a restart computes again, and what is no row of a step."""
@@ -32,9 +41,13 @@ class MetricsLog:
             write_whole(self._path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append a row."""
+        """Append a row; one that the file system does not take is counted, since training goes on without."""
         self._guard()
-        append_line(self._path, row)
+        try:
+            append_line(self._path, row)
+        except DiskError as error:
+            self.num_dropped += 1
+            self.problem = str(error)
 
     def read(self) -> list[dict[str, Any]]:
         """Return the rows of steps and evaluations so far, of earlier starts too."""

@@ -126,7 +126,7 @@ def _train(member: Member, session: Session, state: State, plan: Plan | None) ->
     if evaluation is not None:
         show_compression(session, member.held_out, evaluation)
     show_sample(session, state, member.tokens.tokenizer, member.stop)
-    session.events.add("done", step=state.step)
+    session.events.add("done", step=state.step, records_dropped=loop.num_dropped)
     session.status(state.step, ExitCode.DONE)
     return ExitCode.DONE
 

@@ -154,8 +154,23 @@ class Loop:
         }
         if result.is_skipped:
             row["skipped"] = True
-        self._metrics.add(row)
+        self._write(row)
         self._session.console.step(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
+        """Write a row of metrics; where that fails, say so once, and train on."""
+        assert self._metrics is not None
+        before = self._metrics.num_dropped
+        self._metrics.add(row)
+        if self._metrics.num_dropped == 1 and before == 0:
+            problem = self._metrics.problem
+            self._session.events.add("rows dropped", step=row["step"], problem=problem)
+            self._session.console.say(f"warning: {problem}; training goes on without its rows")
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows of metrics, and events, that could not be written so far, on the rank that writes them."""
+        return self._session.events.num_dropped + (self._metrics.num_dropped if self._metrics is not None else 0)
 
     def _evaluate(self) -> None:
         if self._evaluator is None:
@@ -173,7 +188,7 @@ class Loop:
             raise error.on_all()
         if self._metrics is not None:
             row = {"step": self._state.step, "val_loss": evaluation.val_loss, "bits_per_byte": evaluation.bits_per_byte}
-            self._metrics.add(row)
+            self._write(row)
         self._session.console.say(
             f"step {self._state.step}: held-out loss {evaluation.val_loss:.4f} nats per token,"
             f" {evaluation.bits_per_byte:.4f} bits per byte"

@@ -133,6 +133,11 @@ def _recover(member: Member, end: End) -> End:
         except HpcpipeError as error:
             end = replace(end, code=error.exit_code, error=error)
             is_done = False
+        except Exception as error:
+            report_traceback(f"process {member.crew.process}, rank {member.role}")
+            failure = RankError(f"{type(error).__name__}: {error}")
+            end = replace(end, code=ExitCode.RANK_FAILED, error=failure)
+            is_done = False
         if not is_done:
             member.crew.revoke()
         hooks.point("commit")

@@ -281,7 +281,7 @@ def test_repetitions_differ_and_can_be_repeated() -> None:
 def test_rows_are_chosen() -> None:
     assert {row.name for row in choose(["5.after", "43"])} == {"5.after", "43.later", "43.earlier", "43.other"}
     assert all(not row.is_slow for row in choose([]))
-    assert [row.name for row in choose(["13"])] == ["13"]
+    assert [row.name for row in choose(["12"])] == ["12"]
     with pytest.raises(UsageError, match=r"--rows 5.aftr: no such row; did you mean 5.after\?"):
         choose(["5.aftr"])
 
