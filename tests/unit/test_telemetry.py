@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -91,9 +92,29 @@ def test_a_directory_in_place_of_the_metrics(tmp_path):
     path.mkdir()
     with pytest.raises(DiskError, match=r"metrics\.jsonl could not be read .*choose another run\.name"):
         MetricsLog(path).keep_until(2)
-    with pytest.raises(DiskError, match="could not be written"):
-        MetricsLog(path).add(ROW)
+    log = MetricsLog(path)
+    for step in (3, 4):
+        log.add({"step": step})
+    assert log.num_dropped == 2
+    assert "metrics.jsonl could not be written" in log.problem
     assert last_step(path) == 0
+
+
+def test_half_a_line_does_not_stay(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    log.add({"step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 4, limits[1]))
+        log.add({"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    log.add({"step": 3})
+    assert log.num_dropped == 1
+    assert [row["step"] for row in map(json.loads, path.read_text().splitlines())] == [1, 3]
 
 
 def test_no_metrics(tmp_path):
