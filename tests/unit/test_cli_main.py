@@ -327,7 +327,7 @@ def test_doctor_s_text_names_problems_last() -> None:
         "features": [],
         "memory_bytes": {"total_bytes": 3 * 2**30, "available_bytes": 2**30},
         "slurm": {"job_id": 7, "num_nodes": 2, "node_list": "n[1-2]"},
-        "recovery": "none",
+        "recovery": {"works": False, "seconds": None, "trouble": "there is no mpirun"},
         "versions": {"hpcpipe": "1", "numba": None},
         "kernels": None,
         "problems": ["no mpirun: install it"],
@@ -337,6 +337,7 @@ def test_doctor_s_text_names_problems_last() -> None:
     assert "job 7 on 2 nodes (n[1-2])" in text
     assert "3.0 GiB, 1.0 GiB available" in text
     assert "kernels    none that work" in text
+    assert "does not work: there is no mpirun" in text
 
 
 def test_doctor_s_text_names_the_family_of_kernels() -> None:
@@ -347,7 +348,7 @@ def test_doctor_s_text_names_the_family_of_kernels() -> None:
         "features": [],
         "memory_bytes": {"total_bytes": 2**30, "available_bytes": 2**30},
         "slurm": None,
-        "recovery": "none",
+        "recovery": {"works": True, "seconds": 0.054, "trouble": ""},
         "versions": {"hpcpipe": "1"},
         "kernels": {"family": "amx", "precision": "bf16", "description": "kernels for X", "compiled": False},
         "problems": [],
@@ -355,3 +356,4 @@ def test_doctor_s_text_names_the_family_of_kernels() -> None:
     text = as_text(report)
     assert "kernels    kernels for X, to be compiled at the first start" in text
     assert 'family     amx; train.precision = "auto" means bf16' in text
+    assert "works: ranks worked together again 54 ms after one was killed" in text
