@@ -198,11 +198,13 @@ class Supervisor:
         self.notebook.deadlocked(ranks, deadlock, evidence)
 
     def _see_failure(self) -> None:
-        """Keep the flight recorders once if a rank says that the run has failed."""
+        """Keep the flight recorders once if a rank says that the run has failed after its first step."""
         if not self._has_failed and any(seat.has_failed for seat in self._seats.values()):
             self._has_failed = True
             ranks = [rank for seat in self._seats.values() if (rank := seat.rank()) is not None]
-            self.notebook.failed(ranks, self._flights())
+            # A start that is refused leaves the run directory as it is.
+            if any(rank.state.step > 0 for rank in ranks):
+                self.notebook.failed(ranks, self._flights())
 
     def _flights(self) -> dict[int, bytes]:
         return {seat.identity.process: self.notebook.pack(seat.slot, seat.identity) for seat in self._seats.values()}
