@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -89,10 +90,13 @@ def run(args: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _folder(path: Path | None) -> Iterator[Path]:
-    """Give the folder that the user has named, or one that is removed at the end."""
+    """Give the folder that the user has named, or one that is removed at the end if no row has failed."""
     if path is None:
-        with tempfile.TemporaryDirectory(prefix="hpcpipe-chaos-", ignore_cleanup_errors=True) as name:
-            yield Path(name)
+        folder = Path(tempfile.mkdtemp(prefix="hpcpipe-chaos-"))
+        yield folder
+        # Runs in which a row failed are kept for whoever looks into it.
+        if not any((folder / "runs").glob("row-*")):
+            shutil.rmtree(folder, ignore_errors=True)
         return
     try:
         path.mkdir(parents=True, exist_ok=True)

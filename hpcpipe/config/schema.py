@@ -109,7 +109,7 @@ class RecoveryConfig:
     copy_every: int = key(
         1, "steps between copies of weights and moments in a rank's own and its neighbour's memory; 0: no copies"
     )
-    max_attempts: int = key(3, "recoveries without a finished step between them before the run stops with exit code 75")
+    max_attempts: int = key(3, "recoveries, without coming further, from memory, and then from the disk, before exit code 75")
     hang_s: float = key(
         10.0, "least seconds without progress that count as a hang; slow steps get more; 0: hangs are not looked for"
     )

@@ -11,6 +11,13 @@ ChooseGrid = Callable[[int], tuple[int, int] | None]
 """Takes a number of processes; returns the degrees (pipeline, data) to go on with, None if the run cannot."""
 
 
+LevelAt = Callable[[int], int]
+
+
+def _memory(step: int) -> int:
+    return 0
+
+
 class Source(Enum):
     """Where the state of a rank is found."""
 
@@ -55,6 +62,8 @@ class Decision:
         What they go back to, -1 for what is on the disk.
     at_most : int
         Latest step that may be taken from the disk, -1 for any.
+    reached : int
+        The newest step that a survivor had finished, -1 if that is not known.
     holders : dict of int to Holder
         Of each rank of the grid before the failure, who has its state of `step`; empty where that is on the disk.
     """
@@ -67,11 +76,12 @@ class Decision:
     roles: tuple[int, ...] = ()
     step: int = NOTHING
     at_most: int = NOTHING
+    reached: int = NOTHING
     holders: dict[int, Holder] | None = None
 
 
 def decide(
-    standings: Sequence[Standing], pipeline: int, data: int, choose_grid: ChooseGrid, level: int = 0
+    standings: Sequence[Standing], pipeline: int, data: int, choose_grid: ChooseGrid, level_at: LevelAt = _memory
 ) -> Decision:
     """Decide what the survivors of a failure do.
 
@@ -83,8 +93,9 @@ def decide(
         Degrees of the grid before the failure.
     choose_grid : callable
         Says what to go on with where there are fewer survivors than ranks.
-    level : int
-        0: from memory where that is possible. 1: from the disk, since memory has not helped. 2: not any more.
+    level_at : callable
+        Takes the newest step that a rank has reached, -1 if that is not known, and returns how to go on. 0: from memory
+        where that is possible. 1: from the disk, since memory has not helped. 2: not any more.
     """
     for rank, one in enumerate(standings):
         if one.failed:
@@ -92,6 +103,7 @@ def decide(
     working = [rank for rank, one in enumerate(standings) if not one.is_spare]
     if working and all(standings[rank].finished for rank in working):
         return Decision(standings[working[0]].finished - 1, working[0])
+    level = level_at(reached_by(standings))
     if level > 1:
         return Decision(ExitCode.STOPPED, reason="ranks keep failing before a step is done, also from the checkpoint")
     degrees = pipeline, data
@@ -108,7 +120,12 @@ def decide(
     holders: dict[int, Holder] = {}
     if level == 0 and rewind == NOTHING and all(one.is_ready for one in standings if not one.is_spare):
         step, holders = newest(standings, pipeline * data)
-    return Decision(None, NOTHING, "", *degrees, roles, step, rewind, holders)
+    return Decision(None, NOTHING, "", *degrees, roles, step, rewind, reached_by(standings), holders)
+
+
+def reached_by(standings: Sequence[Standing]) -> int:
+    """Return the newest step that any survivor has finished, or holds a copy of; -1 if none has."""
+    return max(max(one.live, *one.own, *(step for steps in one.held for step in steps)) for one in standings)
 
 
 def newest(standings: Sequence[Standing], num_roles: int) -> tuple[int, dict[int, Holder]]:

@@ -59,7 +59,7 @@ class Change:
         member.processes, member.roles, member.grid = self.processes, self.decision.roles, self.grid
         member.outline, member.state = self.outline, self.state
         member.at_most = self.decision.at_most
-        member.note_target(self.decision.step)
+        member.note_recovery(self.decision.reached)
         member.epoch += 1
         member.dead_spares = set()
         member.story = self.story

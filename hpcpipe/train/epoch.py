@@ -143,9 +143,13 @@ def _tell_story(member: Member, session: Session, state: State) -> None:
     by_role = sorted(zip(member.roles, member.processes, strict=True))
     story["processes"] = [process for role, process in by_role if role != NOTHING]
     session.events.add("recovered", **story, **facts, epoch=member.epoch, seconds=seconds)
+    spares = f", {len(member.spares())} spares are left" if member.had_spares else ""
+    again = {0: "no step is run again", 1: "1 step is run again"}.get(
+        story["lost_steps"], f"{story['lost_steps']} steps are run again"
+    )
     session.console.say(
-        f"recovered in {seconds:.2f} s: {story['cause']}; going on from step {state.step} on"
-        f" {degrees[0]} x {degrees[1]} ranks, {len(member.spares())} spares are left"
+        f"recovered in {seconds:.2f} s from {story['source']}: {story['cause']}; going on from step {state.step} on"
+        f" {degrees[0]} x {degrees[1]} ranks, {again}{spares}"
     )
 
 

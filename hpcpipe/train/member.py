@@ -79,8 +79,8 @@ class Member:
         The voice of the run, if this process has ever spoken for it.
     lock : RunLock or None
         The run directory's, likewise.
-    attempts, reloads : int
-        Recoveries since a step was last finished; recoveries from the disk.
+    attempts : int
+        Recoveries without a step that had not been finished before the last one.
     dead_spares : set of int
         Live processes of this epoch that have turned out to be dead.
     story : dict or None
@@ -108,10 +108,9 @@ class Member:
     console: Console | None = None
     lock: RunLock | None = None
     attempts: int = 0
-    reloads: int = 0
     dead_spares: set[int] = field(default_factory=set)
     story: dict[str, Any] | None = None
-    _last_step: int = NOTHING
+    _reached: int = NOTHING
 
     @property
     def role(self) -> int:
@@ -127,6 +126,12 @@ class Member:
     def root(self) -> int:
         """The live process that speaks for the run."""
         return self.roles.index(0)
+
+    @property
+    def had_spares(self) -> bool:
+        """Whether the launch had more processes than ranks."""
+        parallel = self.base.config.parallel
+        return len(self.places) > parallel.pipeline * parallel.data
 
     def num_roles(self) -> int:
         """Return the number of ranks of the grid."""
@@ -167,15 +172,20 @@ class Member:
             lock=self.lock if is_root else None,
         )
 
-    def level(self) -> int:
-        """Return which level of recovery is next, see `hpcpipe.recovery.decide.decide`."""
-        most = self.config.recovery.max_attempts
-        if self.attempts <= most:
-            return 0
-        return 1 if self.reloads <= most and self.attempts <= 2 * most else 2
+    def level(self, reached: int) -> int:
+        """Return which level of recovery is next, see `hpcpipe.recovery.decide.decide`.
 
-    def note_target(self, step: int) -> None:
-        """Take note of the step that the run goes back to, -1 if that is for the disk to say."""
-        self.attempts = 1 if step > self._last_step else self.attempts + 1
-        self.reloads += step == NOTHING
-        self._last_step = step
+        Parameters
+        ----------
+        reached : int
+            The newest step that a survivor has finished, -1 if that is not known.
+        """
+        most = self.config.recovery.max_attempts
+        if reached > self._reached or self.attempts < most:
+            return 0
+        return 1 if self.attempts < 2 * most else 2
+
+    def note_recovery(self, reached: int) -> None:
+        """Count a recovery; the count begins again when the run has come further than at any recovery before."""
+        self.attempts = 1 if reached > self._reached else self.attempts + 1
+        self._reached = max(reached, self._reached)

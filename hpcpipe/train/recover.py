@@ -168,7 +168,7 @@ def _meet(member: Member, end: End) -> tuple[End | None, Change | None]:
         return None if found is None else (found.config.parallel.pipeline, found.config.parallel.data)
 
     hooks.point("decide")
-    decision = decide(standings, parallel.pipeline, parallel.data, choose_grid, member.level())
+    decision = decide(standings, parallel.pipeline, parallel.data, choose_grid, member.level)
     if decision.exit_code is not None:
         return _told(member, end, decision), None
     role = decision.roles[crew.rank]
@@ -177,7 +177,12 @@ def _meet(member: Member, end: End) -> tuple[End | None, Change | None]:
     new_outline = fewer[0] if fewer else outline
     state = restore(member, standings, decision, outline, new_outline) if decision.holders else None
     lost = sorted(set(member.processes) - {one.process for one in standings})
-    story = {"cause": _cause(member, lost, end, standings), "processes_lost": lost, "seen_s": end.seen_s}
+    story = {
+        "cause": _cause(member, lost, end, standings),
+        "processes_lost": lost,
+        "source": "memory" if decision.holders else "disk",
+        "seen_s": end.seen_s,
+    }
     return None, Change(
         tuple(one.process for one in standings), decision, grid, new_outline, state, story, outline is new_outline
     )

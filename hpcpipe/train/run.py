@@ -45,6 +45,8 @@ from hpcpipe.train.writer_memory import WriterMemory
 from hpcpipe.watch.beacon import NoBeacon
 from hpcpipe.watch.start import attach
 
+_SHOWN = 16
+
 
 def train(config_path: Path, overrides: Sequence[str], resume: str) -> ExitCode:
     """Train as a configuration says, on all ranks that were started together.
@@ -160,6 +162,14 @@ def _tell(text: str) -> None:
         sys.stderr.flush()
 
 
+def _say_processes(base: Session, world: World, places: tuple[Place, ...]) -> None:
+    """Say which processes of rank 0's machine are which ranks."""
+    near = [(number, place) for number, place in enumerate(places) if place.host == places[0].host][:_SHOWN]
+    words = [f"{'spare' if number >= world.num_ranks else f'rank {number}'} {place.pid}" for number, place in near]
+    more = f", and {len(places) - len(near)} more" if len(places) > len(near) else ""
+    base.console.say(f"processes on {places[0].host}: {', '.join(words)}{more}")
+
+
 def _warn(base: Session, world: World, families: tuple[str, ...]) -> None:
     """Say what is not as it could be."""
     config, say = base.config, base.console.say
@@ -198,6 +208,8 @@ def _prepare_member(base: Session, world: World, stop: StopRequest, writer: Writ
     own_token = secrets.token_hex(4).encode() if world.rank == 0 else None
     token = broadcast_bytes(world.comm, base.waiter, own_token, 0).decode()
     places = tuple(Place(host, int(pid)) for pid, host in words)
+    base.events.add("processes", hosts=[place.host for place in places], pids=[place.pid for place in places])
+    _say_processes(base, world, places)
     return Member(crew, base, stop, writer, resume, tokens, samples, held_out, processes, roles, places, token)
 
 

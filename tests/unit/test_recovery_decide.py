@@ -117,9 +117,9 @@ def test_a_run_that_was_over_stays_so():
 
 def test_levels():
     survivors = [working(0), working(1), working(2), working(3)]
-    assert decide(survivors, 4, 1, never, level=0).step == 10
-    assert decide(survivors, 4, 1, never, level=1).step == -1
-    assert decide(survivors, 4, 1, never, level=2).exit_code == ExitCode.STOPPED
+    assert decide(survivors, 4, 1, never, lambda reached: 0).step == 10
+    assert decide(survivors, 4, 1, never, lambda reached: 1).step == -1
+    assert decide(survivors, 4, 1, never, lambda reached: 2).exit_code == ExitCode.STOPPED
 
 
 def test_going_back_takes_what_is_on_the_disk():
