@@ -188,10 +188,11 @@ def launch(
     try:
         code = conclude(outcome, read_status(directory, launch_id))
     except HpcpipeError as error:
-        _end_status(directory, launch_id, error)
+        _end_status(directory, launch_id, error, was_asked=True)
         raise
     if code != ExitCode.DONE:
-        _end_status(directory, launch_id, BY_CODE.get(code, RankError)(_story(outcome)))
+        was_asked = outcome.was_asked_to_stop or outcome.was_killed
+        _end_status(directory, launch_id, BY_CODE.get(code, RankError)(_story(outcome)), was_asked=was_asked)
     return code
 
 
@@ -314,14 +315,14 @@ def python_command() -> list[str]:
     return [sys.executable] if package_parent == Path.cwd() else [sys.executable, "-P"]
 
 
-def _end_status(directory: Path | None, launch_id: str, error: HpcpipeError) -> None:
+def _end_status(directory: Path | None, launch_id: str, error: HpcpipeError, *, was_asked: bool) -> None:
     """Say in ``status.json`` how the run ended, where its ranks were ended before they could."""
     from hpcpipe.telemetry.status import end_status
     from hpcpipe.train.last_status import write_last_status
 
     if directory is None:
         return
-    if isinstance(error, StoppedError):
+    if isinstance(error, StoppedError) and was_asked:
         error.by = "signal"
     if read_status(directory, launch_id) is None:
         write_last_status(directory, error, is_first=True, launch_id=launch_id)

@@ -44,6 +44,7 @@ POSITIVE = (
 )
 
 SHORTEST_HANG_S = 2.0
+LONGEST_HANG_S = 1e6
 
 
 def resolve(config: Config, world_size: int, has_bf16_unit: bool = False, node: Node | None = None) -> Config:
@@ -241,8 +242,13 @@ def _decay_follows_warmup(config: Config, world_size: int) -> str | None:
 
 
 def _hangs_can_be_told_from_waits(config: Config, world_size: int) -> str | None:
-    if config.recovery.hang_s == 0 or config.recovery.hang_s >= SHORTEST_HANG_S:
+    if config.recovery.hang_s == 0 or SHORTEST_HANG_S <= config.recovery.hang_s <= LONGEST_HANG_S:
         return None
+    if config.recovery.hang_s > LONGEST_HANG_S:
+        return (
+            f"recovery.hang_s = {config.recovery.hang_s:g}: expected at most {LONGEST_HANG_S:g} s, or 0 so that hangs"
+            " are not looked for"
+        )
     return (
         f"recovery.hang_s = {config.recovery.hang_s}: ranks on busy cores are still for so long now and then: set it to"
         f" {SHORTEST_HANG_S:g} or more, or to 0 so that hangs are not looked for"

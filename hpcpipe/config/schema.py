@@ -106,10 +106,10 @@ class CheckpointConfig:
 class RecoveryConfig:
     """What a run does about ranks that die or hang while it runs."""
 
-    copy_every: int = key(
-        1, "steps between copies of weights and moments in a rank's own and its neighbour's memory; 0: no copies"
+    copy_every: int = key(1, "steps between copies of weights and moments in memory that survives a rank; 0: no copies")
+    max_attempts: int = key(
+        3, "recoveries without coming further, first from memory, then as many from the disk; then exit code 75"
     )
-    max_attempts: int = key(3, "recoveries, without coming further, from memory, and then from the disk, before exit code 75")
     hang_s: float = key(
         10.0, "least seconds without progress that count as a hang; slow steps get more; 0: hangs are not looked for"
     )

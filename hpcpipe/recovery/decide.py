@@ -111,7 +111,7 @@ def decide(
         chosen = choose_grid(len(standings))
         if chosen is None:
             left = f"{len(standings)} processes are left for {pipeline * data} ranks"
-            reason = f"{left}, and the model cannot be cut for so few"
+            reason = f"{left}, and the model cannot be cut for so few; `hpcpipe launch --spares` keeps some in reserve"
             return Decision(ExitCode.STOPPED, reason=reason)
         degrees = chosen
     roles = assign(standings, (pipeline, data), degrees)

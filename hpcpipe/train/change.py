@@ -62,7 +62,14 @@ class Change:
         member.note_recovery(self.decision.reached)
         member.epoch += 1
         member.dead_spares = set()
-        member.story = self.story
+        member.story = self.story if member.story is None else _continued(member.story, self.story)
+
+
+def _continued(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Return what happened since the last epoch that got to tell it."""
+    lost = [*first["processes_lost"], *second["processes_lost"]]
+    cause = f"{first['cause']}; {second['cause']}"
+    return {**first, **second, "cause": cause, "processes_lost": lost, "seen_s": first["seen_s"]}
 
 
 def restore(

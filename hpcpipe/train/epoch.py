@@ -17,6 +17,7 @@ from hpcpipe.recovery.copies import Copies
 from hpcpipe.recovery.standing import NOTHING
 from hpcpipe.telemetry.metrics import last_step
 from hpcpipe.telemetry.status import read_status
+from hpcpipe.telemetry.text import count
 from hpcpipe.train.batches import TrainingBatches
 from hpcpipe.train.cadence import Cadence, estimate_mtbf_s
 from hpcpipe.train.checkpoints import Checkpoints
@@ -112,7 +113,9 @@ def _train(member: Member, session: Session, state: State, plan: Plan | None) ->
         _look_for_dead_spares(member, session)
 
     loop = Loop(session, state, trainer, evaluator, member.stop, checkpoints, member.outline.peak_flops, after_step)
-    leave_if_asked(session, member.stop, state.step)
+    if member.epoch == 0:
+        # Later the loop stops after its next step, and saves what the recovery has kept.
+        leave_if_asked(session, member.stop, state.step)
     waiter.timeout_s = config.parallel.timeout_s
     lock = session.directory.lock
     session.beacon.publish(session.directory.path, lock, fence_of(lock))
@@ -143,10 +146,8 @@ def _tell_story(member: Member, session: Session, state: State) -> None:
     by_role = sorted(zip(member.roles, member.processes, strict=True))
     story["processes"] = [process for role, process in by_role if role != NOTHING]
     session.events.add("recovered", **story, **facts, epoch=member.epoch, seconds=seconds)
-    spares = f", {len(member.spares())} spares are left" if member.had_spares else ""
-    again = {0: "no step is run again", 1: "1 step is run again"}.get(
-        story["lost_steps"], f"{story['lost_steps']} steps are run again"
-    )
+    spares = f", {count(len(member.spares()), 'spare')} left" if member.had_spares else ""
+    again = f"{count(story['lost_steps'], 'step')} to be run again"
     session.console.say(
         f"recovered in {seconds:.2f} s from {story['source']}: {story['cause']}; going on from step {state.step} on"
         f" {degrees[0]} x {degrees[1]} ranks, {again}{spares}"
@@ -214,7 +215,7 @@ def _look_for_dead_spares(member: Member, session: Session) -> None:
         numbers = [member.processes[rank] for rank in sorted(dead)]
         session.events.add("spare lost", processes_lost=numbers, spares=left)
         who = " and ".join(f"process {number}" for number in numbers)
-        session.console.say(f"warning: spare {who} died; {left or 'no'} spares are left")
+        session.console.say(f"warning: spare {who} died; {count(left, 'spare')} left")
 
 
 def _keep_copies(member: Member, session: Session, state: State, trainer: Trainer) -> Copies | None:

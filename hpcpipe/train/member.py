@@ -1,17 +1,21 @@
 """What a process keeps of a run while ranks come and go around it."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hpcpipe.config.schema import Config
 from hpcpipe.data.reader import TokenFile
 from hpcpipe.data.windows import HeldOut, Samples
+from hpcpipe.errors import ExitCode, HpcpipeError
 from hpcpipe.mpi.crew import Crew
 from hpcpipe.mpi.grid import Grid
 from hpcpipe.recovery.copies import Copies
 from hpcpipe.recovery.standing import NOTHING
 from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
+from hpcpipe.telemetry.metrics import last_step
+from hpcpipe.telemetry.status import read_status, write_status
 from hpcpipe.train.directory import open_directory
 from hpcpipe.train.lock import RunLock
 from hpcpipe.train.outline import Outline
@@ -81,6 +85,8 @@ class Member:
         The run directory's, likewise.
     attempts : int
         Recoveries without a step that had not been finished before the last one.
+    speaks_last : bool
+        Whether this process says why all leave, whatever its role.
     dead_spares : set of int
         Live processes of this epoch that have turned out to be dead.
     story : dict or None
@@ -108,6 +114,7 @@ class Member:
     console: Console | None = None
     lock: RunLock | None = None
     attempts: int = 0
+    speaks_last: bool = False
     dead_spares: set[int] = field(default_factory=set)
     story: dict[str, Any] | None = None
     _reached: int = NOTHING
@@ -171,6 +178,35 @@ class Member:
             events=EventLog(base.directory.events, self.lock.check) if is_root and self.lock else EventLog(None),
             lock=self.lock if is_root else None,
         )
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this process tells what all have to tell: rank 0, or the first one that lives where all leave."""
+        return self.speaks_last or self.role == 0
+
+    def speak_last(self, error: HpcpipeError | None) -> None:
+        """Choose the first live process to speak, since rank 0 may have died, and let it write how the run ended.
+
+        Parameters
+        ----------
+        error : HpcpipeError or None
+            Why the run ends; None if it is done.
+        """
+        self.speaks_last = self.crew.rank == 0
+        if not self.speaks_last:
+            return
+        directory = self.base.directory
+        # What cannot be written here is for the launcher to say.
+        with suppress(HpcpipeError, OSError):
+            if self.lock is None:
+                self.lock = RunLock(directory.lock)
+                self.lock.acquire()
+            step = last_step(directory.metrics)
+            if error is None and read_status(directory.path).get("state") != "done":
+                write_status(directory.path, step, ExitCode.DONE)
+            elif error is not None:
+                code = int(error.exit_code)
+                EventLog(directory.events, self.lock.check).add("stopped", step=step, exit_code=code, cause=str(error))
 
     def level(self, reached: int) -> int:
         """Return which level of recovery is next, see `hpcpipe.recovery.decide.decide`.

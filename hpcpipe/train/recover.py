@@ -218,8 +218,10 @@ def _told(member: Member, end: End, decision: Decision) -> End:
         content = f"{where}{own or ''}".encode("utf-8", "surrogatepass") if is_speaker else None
         text = member.crew.hear(content, decision.speaker).decode("utf-8", "surrogatepass")
         if code is ExitCode.DONE:
+            member.speak_last(None)
             return End(code)
         error = BY_CODE.get(int(code), RankError)(text)
+    member.speak_last(error)
     return End(code, error.on_all())
 
 
@@ -232,4 +234,5 @@ def _cause(member: Member, lost: list[int], end: End, standings: list[Standing])
         f"rank {roles[number]} (process {number})" if roles[number] >= 0 else f"spare process {number}"
         for number in lost
     ]
-    return f"{' and '.join(names)} died"
+    *most, last = names
+    return f"{', '.join(most)} and {last} died" if most else f"{last} died"

@@ -32,6 +32,7 @@ from hpcpipe.telemetry.console import Console
 from hpcpipe.telemetry.events import EventLog
 from hpcpipe.telemetry.files import write_whole
 from hpcpipe.telemetry.status import read_status
+from hpcpipe.telemetry.text import count
 from hpcpipe.train.directory import RunDirectory, open_directory
 from hpcpipe.train.leave import Outcome, leaving_together
 from hpcpipe.train.lock import RunLock
@@ -146,7 +147,7 @@ def _train(
         member = _prepare_member(base, world, stop, writer, resume)
         if world.rank == 0:
             member.console, member.lock = console, lock
-        outcome.crew, outcome.speaks = member.crew, lambda: member.role == 0
+        outcome.crew, outcome.speaks = member.crew, lambda: member.speaks
         return live(member)
     finally:
         team.close()
@@ -182,8 +183,11 @@ def _warn(base: Session, world: World, families: tuple[str, ...]) -> None:
     if note:
         say(f"recovery: {note}")
     if has_fault_tolerance():
-        spares = "no spare" if not world.num_spares else f"{world.num_spares} spares"
-        say(f"recovery: the run goes on when a rank dies, with {spares}")
+        is_fixed = not isinstance(config.parallel.partition, str) or config.parallel.schedule.endswith(".csv")
+        if is_fixed and not world.num_spares:
+            say("recovery: a rank that dies ends the run, since its cut into stages was given and there is no spare")
+        else:
+            say(f"recovery: the run goes on when a rank dies, with {count(world.num_spares, 'spare')}")
 
 
 def _prepare_member(base: Session, world: World, stop: StopRequest, writer: WriterMemory, resume: str) -> Member:
