@@ -71,7 +71,8 @@ def test_survivors_that_are_too_few_say_so_though_rank_0_is_dead(runs: Runs) -> 
     finally:
         command.kill()
     assert finished.code == 75
-    (message,) = finished.messages
+    (message,) = finished.stderr.splitlines()
+    assert message.startswith("hpcpipe: stopped: ")
     assert "2 processes are left for 3 ranks" in message
     assert "--spares" in message
     found = status(directory)
