@@ -123,7 +123,7 @@ def is_deadlock(ranks: Sequence[Rank]) -> bool:
 def is_straggling(rank: Rank) -> bool:
     """Return whether a rank has been still for longer than ever before, and than a fifth of what makes it a hang."""
     still_s = rank.silent_s if rank.state.wait else rank.quiet_s
-    return rank.limit_s > 0 and still_s > max(2.0, rank.limit_s / 5)
+    return rank.limit_s > 0 and still_s > rank.limit_s / 5
 
 
 def find_slow(ranks: Sequence[Rank]) -> list[Rank]:
