@@ -103,7 +103,8 @@ def test_a_halted_run_is_not_requeued(desk: Desk) -> None:
     assert "(halt file)" in desk.output(job)
 
 
-@pytest.mark.parametrize("recovery", ["off", pytest.param("on", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recovery", ["off", "on"])
 def test_a_lost_node_is_left_out(desk: Desk, undisturbed: Path, recovery: str) -> None:
     """The ranks start again in the same allocation: no node has room for one more, so there are fewer."""
     environ = {**SLOW, "HPCPIPE_RECOVERY": recovery}
